@@ -1,0 +1,64 @@
+"""One autograd.Function for every fused kernel.
+
+A fused operator brings three functions:
+
+- ``forward(*tensors, **options) -> (outputs, saved)`` launches the forward kernel;
+- ``backward(grads, saved, needs, **options) -> gradients`` launches the backward kernel: one gradient, or None, for
+  each tensor; ``needs`` says which are wanted;
+- ``second(grads, saved, needs, **options) -> gradients`` is the same in plain PyTorch. It runs instead of ``backward``
+  under ``create_graph=True``, so that every operator can be differentiated to any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Gradients = Sequence["Tensor | None"]
+
+
+def fused(
+    forward: Callable[..., tuple[Any, Sequence[Tensor | None]]],
+    backward: Callable[..., Gradients],
+    second: Callable[..., Gradients],
+    tensors: Sequence[Tensor | None],
+    options: dict[str, Any],
+) -> Any:
+    """Run ``forward`` on ``tensors``, recorded for autograd only if one of them needs it (the record costs 1-2 us)."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Fused.apply(forward, backward, second, options, *tensors)
+    return forward(*tensors, **options)[0]
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, forward, backward, second, options, *tensors):  # type: ignore[override]
+        outputs, saved = forward(*tensors, **options)
+        ctx.save_for_backward(*saved)
+        ctx.backward, ctx.second, ctx.options = backward, second, options
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[override]
+        needs = ctx.needs_input_grad[4:]
+        run = ctx.second if torch.is_grad_enabled() else ctx.backward
+        gradients = run(grads, ctx.saved_tensors, needs, **ctx.options)
+        return None, None, None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True))
+
+
+def vjp(reference: Callable[..., Any]) -> Callable[..., Gradients]:
+    """The ``second`` of an operator that saves its own inputs first: autograd through ``reference``."""
+
+    def second(
+        grads: Sequence[Tensor], saved: Sequence[Tensor | None], needs: Sequence[bool], **options: Any
+    ) -> Gradients:
+        inputs = saved[: len(needs)]
+        outputs = reference(*inputs, **options)
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+        return [next(found) if need else None for need in needs]
+
+    return second

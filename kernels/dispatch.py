@@ -1,0 +1,211 @@
+"""Which implementation runs for these tensors, and why.
+
+========================================  ==========================================================================
+where                                     what runs
+========================================  ==========================================================================
+inside ``torch.compile``, ``export``      the plain reference: the compiler fuses it with its neighbours
+under a tracer, a dispatch mode,
+``torch.func``, forward-mode AD, or for
+a tensor subclass                         the plain reference, which they can see into
+CUDA, ROCm, XPU tensor                    Triton
+CPU tensor                                the compiled reference, or plain ATen where ``Op.cpu`` says that it is faster
+anything else, or a missing part          the plain reference; one warning says what is missing
+``use_backend(...)``, ``BRAZE_BACKEND``   what was asked for, or an error
+========================================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import math
+import os
+import shutil
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .op import Op
+
+BACKENDS = ("eager", "compile", "triton")
+
+#: A compiled call costs about 0.1 ms more than a plain one, forward and backward; below this many elements (measured on
+#: two CPU cores with rms_norm, float32) it does not earn that back.
+SMALLEST_COMPILED = 16_384
+
+
+class Choice(NamedTuple):
+    """The name of an implementation, and the reason that it runs."""
+
+    backend: str
+    reason: str
+
+
+_forced: str | None = None
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Make every operator run ``backend`` (``"eager"``, ``"compile"`` or ``"triton"``) inside the ``with`` block.
+
+    The setting belongs to the process, as the flags of ``torch.backends`` do. It is not consulted inside
+    ``torch.compile``, which always gets the plain reference. The environment variable ``BRAZE_BACKEND`` does the same
+    for a whole program.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    global _forced
+    before = _forced
+    _forced = _valid(backend, "backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
+    """Run ``op`` on checked arguments with the implementation that suits them."""
+    first = tensors[0]
+    assert first is not None
+    if first.device.type in op.autocast_to_float32 and torch.is_autocast_enabled(first.device.type):
+        tensors = tuple(_to_float32(t) for t in tensors)
+    if torch.compiler.is_compiling():
+        return op.reference(*tensors, **options)
+    return implementation(op, choose(op, tensors).backend)(*tensors, **options)
+
+
+def choose(op: Op, tensors: tuple[Tensor | None, ...]) -> Choice:
+    """The implementation that ``op`` runs for ``tensors`` in eager mode, and why.
+
+    Raises:
+        RuntimeError: if a backend was asked for that cannot run here.
+    """
+    present = [t for t in tensors if t is not None]
+    seen_into = _seen_into(present)
+    if seen_into:
+        return Choice("eager", seen_into)
+    device, dtype = present[0].device.type, present[0].dtype
+    forced = _forced or _valid(os.environ.get("BRAZE_BACKEND") or None, "the environment variable BRAZE_BACKEND")
+    if forced:
+        missing = unavailable(op, forced, device, dtype)
+        if missing:
+            raise RuntimeError(f"backend {forced!r} was asked for, but {op.name} cannot run it here: {missing}")
+        return Choice(forced, "asked for")
+    preferred = {"cuda": "triton", "xpu": "triton", "cpu": op.cpu}.get(device)
+    if preferred is None:
+        return Choice("eager", f"no fused implementation for device {device!r}")
+    if preferred == "eager":
+        return Choice("eager", "measured faster than the compiled form on the CPU")
+    missing = unavailable(op, preferred, device, dtype)
+    if missing:
+        if dtype != torch.float64:
+            _warn_once(f"braze runs {op.name} in plain PyTorch on {device!r}: {missing}")
+        return Choice("eager", missing)
+    if preferred == "compile" and max(t.numel() for t in present) < SMALLEST_COMPILED:
+        return Choice("eager", f"under {SMALLEST_COMPILED} elements a compiled call costs more than it saves")
+    return Choice(preferred, f"the default on {device!r}")
+
+
+def unavailable(op: Op, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why ``op`` cannot run ``backend`` on such tensors, and what would help; None if it can."""
+    if backend == "compile":
+        return None if device != "cpu" or _cpp_compiler() else (
+            "torch.compile needs a C++ compiler; install g++ or clang++, or name one in the environment variable CXX"
+        )
+    if backend == "triton":
+        if "triton" not in op.impls:
+            return "it has no Triton kernel"
+        if not _triton_installed():
+            return "Triton is not installed; pip install triton"
+        if device == "cpu" and not _interpreting():
+            return "Triton needs a GPU tensor; on the CPU, set TRITON_INTERPRET=1 before braze is imported (slow)"
+        if dtype == torch.float64:
+            return "the Triton kernels compute in float32; cast the float64 input down, or use the plain form"
+    return None
+
+
+def implementation(op: Op, backend: str) -> Callable[..., Any]:
+    """The function behind a backend's name; it takes the arguments of ``op.reference``."""
+    if backend == "eager":
+        return op.reference
+    if backend == "compile":
+        return functools.partial(_compiled, op.reference)
+    return op.impls[backend]
+
+
+def _seen_into(tensors: list[Tensor]) -> str | None:
+    """Why somebody has to see the plain operations; None if nobody does."""
+    if any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors):
+        return "a tensor subclass defines its own operations"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "an active dispatch mode wants to see the plain operations"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms the plain operations"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation needs the plain operations"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records the plain operations"
+    return None
+
+
+def _compiled(reference: Callable[..., Any], *tensors: Tensor | None, **options: Any) -> Any:
+    # Dynamo counts recompiles per code object and falls back to eager, in silence, after eight. Each kind of call gets
+    # a code object of its own, so only sizes can recompile, and dynamic=True covers those.
+    kind = (
+        torch.is_grad_enabled(),
+        *((t.dim(), t.dtype, t.device, t.requires_grad) if t is not None else None for t in tensors),
+        *sorted(options.items()),
+    )
+    return _specialization(reference, kind)(*tensors, **options)
+
+
+_serial = itertools.count()
+
+
+@functools.cache
+def _specialization(reference: types.FunctionType, kind: tuple[Any, ...]) -> Callable[..., Any]:
+    code = reference.__code__.replace(co_name=f"{reference.__name__}_{next(_serial)}")
+    copy = types.FunctionType(code, reference.__globals__, reference.__name__, reference.__defaults__)
+    copy.__kwdefaults__ = reference.__kwdefaults__
+    return torch.compile(copy, dynamic=True)
+
+
+def _to_float32(tensor: Tensor | None) -> Tensor | None:
+    half = tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.float() if half and tensor is not None else tensor
+
+
+def _valid(backend: str | None, where: str) -> str | None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{where} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+@functools.cache
+def _cpp_compiler() -> str | None:
+    candidates = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    return next((found for name in candidates if name and (found := shutil.which(name))), None)
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _interpreting() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -1,0 +1,1 @@
+"""Finding the joints of a model, testing a swap on numbers, swapping, undoing."""

@@ -1,0 +1,59 @@
+"""What launches share: rows of a tensor, the size of the machine, and the second stage of a column sum."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def rows(x: Tensor) -> Tensor:
+    """x as [N, D] with adjacent elements in a row: a view where the strides allow it, a copy where not."""
+    D = x.shape[-1]
+    N = x.numel() // D if D else x.shape[:-1].numel()
+    if x.stride(-1) == 1 or D == 1:
+        try:
+            return x.view(N, D)
+        except RuntimeError:
+            pass
+    return x.contiguous().view(N, D)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """x, copied only if it is not contiguous."""
+    return x if x is None else x.contiguous()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; under the interpreter, those of an H100."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
+    return 132
+
+
+@triton.jit
+def _column_sum(partial, out, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        total += tl.load(partial + p[:, None] * D + d[None, :], (p < P)[:, None] & (d < D)[None, :], other=0.0)
+    tl.store(out + d, tl.sum(total, 0).to(out.dtype.element_ty), d < D)
+
+
+def column_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ_p partial[p, :] of a float32 [P, D], always in the same order.
+
+    32 columns are one 128-byte line a row; so narrow a block makes D / 32 programs of a sum that is short in P.
+    """
+    P, D = partial.shape
+    out = torch.empty(D, dtype=dtype, device=partial.device)
+    if D:
+        _column_sum[(triton.cdiv(D, 32),)](partial, out, P, D, BLOCK_P=32, BLOCK_D=32, num_warps=4)
+    return out
