@@ -191,7 +191,7 @@ def _backward_long(
     dw = tl.zeros([BLOCK_D], tl.float32)
     db = tl.zeros([BLOCK_D], tl.float32)
     for row in range(tl.program_id(1), N, tl.num_programs(1)):
-        n = row.to(tl.int64)
+        n = tl.cast(row, tl.int64)
         g = tl.load(dy + n * D + d, mask, other=0.0).to(tl.float32)
         normed = tl.load(h + n * h_stride + d, mask, other=0.0).to(tl.float32)
         r = tl.load(rstd + n)
