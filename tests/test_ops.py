@@ -153,12 +153,14 @@ def test_compiles_without_graph_break_or_recompile(op: Op, variant: str, device:
     torch._dynamo.reset()
     compiled = torch.compile(op.fn, fullgraph=True, backend=frames, dynamic=True)
     dims = example(op).dims
+    counts = []
     for factor in (2, 3):  # not 1: a batch as large as another dim would be taken for the same symbol
         first = next(iter(dims))
         case = Case(op, {**dims, first: factor * dims[first]}, torch.float32, variant=variant, device=device)
         call = case.call()
         torch.testing.assert_close(compiled(*call.args, **call.kwargs), op.fn(*call.args, **call.kwargs))
-    assert frames.frame_count == 1
+        counts.append(frames.frame_count)
+    assert counts[0] == counts[1]  # tracing may restart within the first call, for a float that it makes a constant
 
 
 @every_variant
