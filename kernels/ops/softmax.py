@@ -125,14 +125,15 @@ def _second(grads: Any, saved: Any, needs: Any, *, scale: float, causal: bool) -
     return (scale * ds).to(output.dtype), dmask
 
 
-def _aten(
-    x: Tensor, *, mask: Tensor | None = None, scale: float = 1.0, causal: bool = False, dim: int = -1
-) -> Tensor:
+def _aten(x: Tensor, *, mask: Tensor | None = None, scale: float = 1.0, causal: bool = False, dim: int = -1) -> Tensor:
     s = x if scale == 1.0 else x * scale
     if mask is not None:
         s = s.masked_fill(mask.logical_not(), float("-inf")) if mask.dtype == torch.bool else s + mask
     if causal:
-        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1 + s.shape[-1] - s.shape[-2]), float("-inf"))
+        s = s.masked_fill(
+            torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1 + s.shape[-1] - s.shape[-2]),
+            float("-inf"),
+        )
     return torch.softmax(s, dim).to(x.dtype)
 
 
@@ -158,14 +159,14 @@ def _errors() -> Iterator[ErrorInput]:
     yield ErrorInput(Call((x,), {"mask": x[:, 0] > 0}), ValueError, r"mask must broadcast.*\(2, 3, 8\), got \(2, 8\)")
 
 
-def _traffic(itemsize: int, *, B: int, Q: int, K: int, mask: str | None = None, causal: bool = False, **_: Any) -> Traffic:
+def _traffic(
+    itemsize: int, *, B: int, Q: int, K: int, mask: str | None = None, causal: bool = False, **_: Any
+) -> Traffic:
     """x, mask, y forward; dy, y, dx backward, and the gradient of a floating-point mask. Causal: masked entries unread."""
     size = B * Q * K * itemsize
     read = B * sum(min(K, max(0, q + 1 + K - Q)) for q in range(Q)) * itemsize if causal else size
     mask_bytes = {None: 0, "boolean": Q * K, "keys": B * K, "bias": Q * K * itemsize}[mask]
-    return Traffic(
-        forward=read + size + mask_bytes, backward=2 * read + size + (mask_bytes if mask == "bias" else 0)
-    )
+    return Traffic(forward=read + size + mask_bytes, backward=2 * read + size + (mask_bytes if mask == "bias" else 0))
 
 
 SOFTMAX = Op(
