@@ -162,7 +162,7 @@ def _errors() -> Iterator[ErrorInput]:
 def _traffic(
     itemsize: int, *, B: int, Q: int, K: int, mask: str | None = None, causal: bool = False, **_: Any
 ) -> Traffic:
-    """x, mask, y forward; dy, y, dx backward, and the gradient of a floating-point mask. Causal: masked entries unread."""
+    """x, mask, y forward; dy, y, dx and a floating-point mask's gradient backward. Causal: half is not read."""
     size = B * Q * K * itemsize
     read = B * sum(min(K, max(0, q + 1 + K - Q)) for q in range(Q)) * itemsize if causal else size
     mask_bytes = {None: 0, "boolean": Q * K, "keys": B * K, "bias": Q * K * itemsize}[mask]
