@@ -26,32 +26,53 @@ from .norm import LONG_BLOCK, MAX_TILE, tile
 
 
 @triton.jit
-def _mask_at(mask, n, d, inside, L1, L2, s0, s1, s2, sd):
-    n2 = n % L2
-    n1 = (n // L2) % L1
-    n0 = n // L2 // L1
-    return tl.load(mask + (n0 * s0 + n1 * s1 + n2 * s2)[:, None] + d.to(tl.int64)[None, :] * sd, inside, other=0)
+def _mask_at(mask, start, n, d, read, L1, L2, s0, s1, s2, sd):
+    # As below: one 64-bit division a program, not one a row.
+    period = L1 * L2
+    r = (start % period).to(tl.int32) + (n - start).to(tl.int32)
+    n0 = start // period + r // period
+    n1 = (r % period) // L2
+    n2 = r % L2
+    at = n0 * s0 + n1.to(tl.int64) * s1 + n2.to(tl.int64) * s2
+    return tl.load(mask + at[:, None] + d.to(tl.int64)[None, :] * sd, read, other=0)
 
 
 @triton.jit
-def _scores(x, mask, n, d, inside, x_stride, scale, L1, L2, s0, s1, s2, sd, BOOLEAN: tl.constexpr):
-    s = tl.load(x + n[:, None] * x_stride + d[None, :], inside, other=float("-inf")).to(tl.float32) * scale
+def _spans(start, n, d, N, D, Q, CAUSAL: tl.constexpr):
+    """Where the rows are; what is read of them; what of that is kept.
+
+    Reads end with a group of eight elements: a predicate that may change at any element would make every access a
+    single element wide.
+    """
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    read = inside
     kept = inside
+    if CAUSAL:
+        # A 64-bit division takes a hundred instructions: one a program, not one a row.
+        q = ((start % Q).to(tl.int32) + (n - start).to(tl.int32)) % Q
+        last = q + (D - Q)
+        read = inside & (d[None, :] // 8 <= (last // 8)[:, None])
+        kept = inside & (d[None, :] <= last[:, None])
+    return inside, read, kept
+
+
+@triton.jit
+def _scores(x, mask, start, n, d, read, kept, x_stride, scale, L1, L2, s0, s1, s2, sd, BOOLEAN: tl.constexpr):
+    s = tl.load(x + n[:, None] * x_stride + d[None, :], read, other=float("-inf")).to(tl.float32) * scale
     if mask is not None:
-        at = _mask_at(mask, n, d, inside, L1, L2, s0, s1, s2, sd)
+        at = _mask_at(mask, start, n, d, read, L1, L2, s0, s1, s2, sd)
         if BOOLEAN:
-            kept = inside & (at != 0)
+            kept = kept & (at != 0)
         else:
             s += at.to(tl.float32)
     return tl.where(kept, s, float("-inf"))
 
 
 @triton.jit
-def _inside(n, d, N, D, Q, CAUSAL: tl.constexpr):
-    inside = (n < N)[:, None] & (d < D)[None, :]
-    if CAUSAL:
-        inside = inside & (d[None, :] <= (n % Q + (D - Q))[:, None])
-    return inside
+def _gradients(dy, y, n, d, read, kept, dy_stride, D):
+    g = tl.load(dy + n[:, None] * dy_stride + d[None, :], read, other=0.0).to(tl.float32)
+    p = tl.load(y + n[:, None] * D + d[None, :], read, other=0.0).to(tl.float32)
+    return tl.where(kept, g, 0.0), tl.where(kept, p, 0.0)
 
 
 @triton.jit
@@ -59,13 +80,14 @@ def _forward(
     x, mask, y, x_stride, N, D, Q, scale, L1, L2, s0, s1, s2, sd,
     CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_N
+    n = start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    inside = _inside(n, d, N, D, Q, CAUSAL)
-    s = _scores(x, mask, n, d, inside, x_stride, scale, L1, L2, s0, s1, s2, sd, BOOLEAN)
+    inside, read, kept = _spans(start, n, d, N, D, Q, CAUSAL)
+    s = _scores(x, mask, start, n, d, read, kept, x_stride, scale, L1, L2, s0, s1, s2, sd, BOOLEAN)
     e = tl.exp(s - tl.max(s, 1)[:, None])
     out = e / tl.sum(e, 1)[:, None]
-    tl.store(y + n[:, None] * D + d[None, :], out.to(y.dtype.element_ty), (n < N)[:, None] & (d < D)[None, :])
+    tl.store(y + n[:, None] * D + d[None, :], out.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -73,44 +95,43 @@ def _forward_long(
     x, mask, y, x_stride, N, D, Q, scale, L1, L2, s0, s1, s2, sd,
     CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    start = tl.program_id(0).to(tl.int64)
+    n = start + tl.arange(0, 1)
     m = tl.full([1], float("-inf"), tl.float32)
     base = tl.zeros([1], tl.float32)
     total = tl.zeros([1], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        s = _scores(
-            x, mask, n, d, _inside(n, d, N, D, Q, CAUSAL), x_stride, scale, L1, L2, s0, s1, s2, sd, BOOLEAN
-        )  # fmt: skip
+    for block in range(0, D, BLOCK_D):
+        d = block + tl.arange(0, BLOCK_D)
+        inside, read, kept = _spans(start, n, d, N, D, Q, CAUSAL)
+        s = _scores(x, mask, start, n, d, read, kept, x_stride, scale, L1, L2, s0, s1, s2, sd, BOOLEAN)
         peak = tl.maximum(m, tl.max(s, 1))
         # While all is dropped the maximum is −∞, and −∞ − (−∞) would be NaN.
         base = tl.where(peak == float("-inf"), 0.0, peak)
         total = total * tl.exp(m - base) + tl.sum(tl.exp(s - base[:, None]), 1)
         m = peak
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        s = _scores(
-            x, mask, n, d, _inside(n, d, N, D, Q, CAUSAL), x_stride, scale, L1, L2, s0, s1, s2, sd, BOOLEAN
-        )  # fmt: skip
+    for block in range(0, D, BLOCK_D):
+        d = block + tl.arange(0, BLOCK_D)
+        inside, read, kept = _spans(start, n, d, N, D, Q, CAUSAL)
+        s = _scores(x, mask, start, n, d, read, kept, x_stride, scale, L1, L2, s0, s1, s2, sd, BOOLEAN)
         out = tl.exp(s - base[:, None]) / total[:, None]
-        tl.store(y + n[:, None] * D + d[None, :], out.to(y.dtype.element_ty), (d < D)[None, :])
+        tl.store(y + n[:, None] * D + d[None, :], out.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
 def _write_gradient(
-    dx, dmask, mask, y, g, total, dot, n, d, inside, N, D, scale, L1, L2, s0, s1, s2, sd, BOOLEAN: tl.constexpr
+    dx, dmask, mask, y, g, total, dot, start, n, d, inside, kept, D, scale, L1, L2, s0, s1, s2, sd,
+    BOOLEAN: tl.constexpr,
 ):  # fmt: skip
     ds = y / total[:, None] * (g - dot[:, None])
-    ds = tl.where(inside, ds, 0.0)
+    ds = tl.where(kept, ds, 0.0)
     if BOOLEAN:
         poisoned = inside & (~(tl.abs(dot) < float("inf")))[:, None]
-        ds = tl.where(poisoned & (_mask_at(mask, n, d, poisoned, L1, L2, s0, s1, s2, sd) == 0), 0.0, ds)
+        ds = tl.where(poisoned & (_mask_at(mask, start, n, d, poisoned, L1, L2, s0, s1, s2, sd) == 0), 0.0, ds)
     at = n[:, None] * D + d[None, :]
-    stored = (n < N)[:, None] & (d < D)[None, :]
     if dx is not None:
-        tl.store(dx + at, (ds * scale).to(dx.dtype.element_ty), stored)
+        tl.store(dx + at, (ds * scale).to(dx.dtype.element_ty), inside)
     if dmask is not None:
-        tl.store(dmask + at, ds, stored)
+        tl.store(dmask + at, ds, inside)
 
 
 @triton.jit
@@ -118,15 +139,15 @@ def _backward(
     dy, y, mask, dx, dmask, dy_stride, N, D, Q, scale, L1, L2, s0, s1, s2, sd,
     CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_N
+    n = start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    inside = _inside(n, d, N, D, Q, CAUSAL)
-    g = tl.load(dy + n[:, None] * dy_stride + d[None, :], inside, other=0.0).to(tl.float32)
-    p = tl.load(y + n[:, None] * D + d[None, :], inside, other=0.0).to(tl.float32)
+    inside, read, kept = _spans(start, n, d, N, D, Q, CAUSAL)
+    g, p = _gradients(dy, y, n, d, read, kept, dy_stride, D)
     total = tl.sum(p, 1)
     dot = tl.sum(g * p, 1) / total
     _write_gradient(
-        dx, dmask, mask, p, g, total, dot, n, d, inside, N, D, scale, L1, L2, s0, s1, s2, sd, BOOLEAN
+        dx, dmask, mask, p, g, total, dot, start, n, d, inside, kept, D, scale, L1, L2, s0, s1, s2, sd, BOOLEAN
     )  # fmt: skip
 
 
@@ -135,24 +156,23 @@ def _backward_long(
     dy, y, mask, dx, dmask, dy_stride, N, D, Q, scale, L1, L2, s0, s1, s2, sd,
     CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    start = tl.program_id(0).to(tl.int64)
+    n = start + tl.arange(0, 1)
     total = tl.zeros([1], tl.float32)
     dot = tl.zeros([1], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        inside = _inside(n, d, N, D, Q, CAUSAL)
-        g = tl.load(dy + n[:, None] * dy_stride + d[None, :], inside, other=0.0).to(tl.float32)
-        p = tl.load(y + n[:, None] * D + d[None, :], inside, other=0.0).to(tl.float32)
+    for block in range(0, D, BLOCK_D):
+        d = block + tl.arange(0, BLOCK_D)
+        inside, read, kept = _spans(start, n, d, N, D, Q, CAUSAL)
+        g, p = _gradients(dy, y, n, d, read, kept, dy_stride, D)
         total += tl.sum(p, 1)
         dot += tl.sum(g * p, 1)
     dot /= total
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        inside = _inside(n, d, N, D, Q, CAUSAL)
-        g = tl.load(dy + n[:, None] * dy_stride + d[None, :], inside, other=0.0).to(tl.float32)
-        p = tl.load(y + n[:, None] * D + d[None, :], inside, other=0.0).to(tl.float32)
+    for block in range(0, D, BLOCK_D):
+        d = block + tl.arange(0, BLOCK_D)
+        inside, read, kept = _spans(start, n, d, N, D, Q, CAUSAL)
+        g, p = _gradients(dy, y, n, d, read, kept, dy_stride, D)
         _write_gradient(
-            dx, dmask, mask, p, g, total, dot, n, d, inside, N, D, scale, L1, L2, s0, s1, s2, sd, BOOLEAN
+            dx, dmask, mask, p, g, total, dot, start, n, d, inside, kept, D, scale, L1, L2, s0, s1, s2, sd, BOOLEAN
         )  # fmt: skip
 
 
