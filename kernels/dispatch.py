@@ -86,9 +86,9 @@ def choose(op: Op, tensors: tuple[Tensor | None, ...]) -> Choice:
         RuntimeError: if a backend was asked for that cannot run here.
     """
     present = [t for t in tensors if t is not None]
-    seen_into = _seen_into(present)
-    if seen_into:
-        return Choice("eager", seen_into)
+    why = seen_into(present)
+    if why:
+        return Choice("eager", why)
     return preferred(op, present[0].device.type, present[0].dtype, max(t.numel() for t in present))
 
 
@@ -142,7 +142,7 @@ def implementation(op: Op, backend: str) -> Callable[..., Any]:
     return op.impls[backend]
 
 
-def _seen_into(tensors: list[Tensor]) -> str | None:
+def seen_into(tensors: list[Tensor]) -> str | None:
     """Why somebody has to see the plain operations; None if nobody does."""
     if any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors):
         return "a tensor subclass defines its own operations"
