@@ -58,7 +58,9 @@ def vjp(reference: Callable[..., Any]) -> Callable[..., Gradients]:
     def second(
         grads: Sequence[Tensor], saved: Sequence[Tensor | None], needs: Sequence[bool], **options: Any
     ) -> Gradients:
-        inputs = saved[: len(needs)]
+        # Aliases cut the graph off: without them the gradient would flow on into the history of the inputs, where one
+        # input may have been computed from another.
+        inputs = [t if t is None else t.view_as(t) for t in saved[: len(needs)]]
         outputs = reference(*inputs, **options)
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
