@@ -97,11 +97,11 @@ def test_without_a_compiler_there_is_one_warning_at_the_callers_line(monkeypatch
     assert "install g++" in str(warning.message)
 
 
-def test_the_compiler_is_the_one_that_inductor_would_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+def test_the_compiler_is_the_one_that_inductor_would_call() -> None:
     dispatch._cpp_compiler.cache_clear()
     try:
-        assert dispatch._cpp_compiler() is None
+        with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+            assert dispatch._cpp_compiler() is None
     finally:
         dispatch._cpp_compiler.cache_clear()
 
