@@ -196,4 +196,4 @@ def _interpreting() -> bool:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=5)
+    warnings.warn(message, RuntimeWarning, stacklevel=6)  # preferred, choose, run, the function, its caller
