@@ -44,7 +44,10 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[override]
         needs = ctx.needs_input_grad[4:]
-        run = ctx.second if torch.is_grad_enabled() else ctx.backward
+        # Batched cotangents (is_grads_batched) and lazily negated ones are more than the memory that a kernel reads.
+        batched = torch._C._are_functorch_transforms_active()
+        run = ctx.second if torch.is_grad_enabled() or batched else ctx.backward
+        grads = [g.resolve_neg() for g in grads]
         gradients = run(grads, ctx.saved_tensors, needs, **ctx.options)
         return None, None, None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True))
 
@@ -55,7 +58,9 @@ def vjp(reference: Callable[..., Any]) -> Callable[..., Gradients]:
     def second(
         grads: Sequence[Tensor], saved: Sequence[Tensor | None], needs: Sequence[bool], **options: Any
     ) -> Gradients:
-        inputs = saved[: len(needs)]
+        # Aliases cut the graph off: without them the gradient would flow on into the history of the inputs, where one
+        # input may have been computed from another.
+        inputs = [t if t is None else t.view_as(t) for t in saved[: len(needs)]]
         outputs = reference(*inputs, **options)
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))

@@ -6,7 +6,8 @@ where                                     what runs
 inside ``torch.compile``, ``export``      the plain reference: the compiler fuses it with its neighbours
 under a tracer, a dispatch mode,
 ``torch.func``, forward-mode AD, or for
-a tensor subclass                         the plain reference, which they can see into
+a tensor subclass, or one that is not
+plain memory (sparse, nested, negated)    the plain reference, which they can see into
 CUDA, ROCm, XPU tensor                    Triton
 CPU tensor                                the compiled reference, or plain ATen where ``Op.cpu`` says that it is faster
 anything else, or a missing part          the plain reference; one warning says what is missing
@@ -19,9 +20,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-import math
 import os
-import shutil
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -91,37 +90,41 @@ def choose(op: Op, tensors: tuple[Tensor | None, ...]) -> Choice:
     seen_into = _seen_into(present)
     if seen_into:
         return Choice("eager", seen_into)
-    device, dtype = present[0].device.type, present[0].dtype
+    return preferred(op, present[0].device.type, present[0].dtype, max(t.numel() for t in present))
+
+
+def preferred(op: Op, device: str, dtype: torch.dtype, elements: int) -> Choice:
+    """What :func:`choose` answers for ordinary tensors, the largest of which has so many elements."""
     forced = _forced or _valid(os.environ.get("BRAZE_BACKEND") or None, "the environment variable BRAZE_BACKEND")
     if forced:
         missing = unavailable(op, forced, device, dtype)
         if missing:
             raise RuntimeError(f"backend {forced!r} was asked for, but {op.name} cannot run it here: {missing}")
         return Choice(forced, "asked for")
-    preferred = {"cuda": "triton", "xpu": "triton", "cpu": op.cpu}.get(device)
-    if preferred is None:
+    backend = {"cuda": "triton", "xpu": "triton", "cpu": op.cpu}.get(device)
+    if backend is None:
         return Choice("eager", f"no fused implementation for device {device!r}")
-    if preferred == "eager":
+    if backend == "eager":
         return Choice("eager", "measured faster than the compiled form on the CPU")
-    missing = unavailable(op, preferred, device, dtype)
+    if backend == "compile" and elements < SMALLEST_COMPILED:
+        return Choice("eager", f"under {SMALLEST_COMPILED} elements a compiled call costs more than it saves")
+    missing = unavailable(op, backend, device, dtype)
     if missing:
         if dtype != torch.float64:
-            _warn_once(f"braze runs {op.name} in plain PyTorch on {device!r}: {missing}")
+            _warn_once(f"braze runs plain PyTorch on {device!r}: {missing}")
         return Choice("eager", missing)
-    if preferred == "compile" and max(t.numel() for t in present) < SMALLEST_COMPILED:
-        return Choice("eager", f"under {SMALLEST_COMPILED} elements a compiled call costs more than it saves")
-    return Choice(preferred, f"the default on {device!r}")
+    return Choice(backend, f"the default on {device!r}")
 
 
 def unavailable(op: Op, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why ``op`` cannot run ``backend`` on such tensors, and what would help; None if it can."""
-    if backend == "compile":
-        return None if device != "cpu" or _cpp_compiler() else (
-            "torch.compile needs a C++ compiler; install g++ or clang++, or name one in the environment variable CXX"
-        )
+    if backend != "eager" and device == "meta":
+        return "meta tensors have no data to run a kernel on; only the plain form gives their shapes"
+    if backend == "compile" and device == "cpu" and not _cpp_compiler():
+        return "torch.compile needs a C++ compiler; install g++, or name yours in the environment variable CXX"
     if backend == "triton":
         if "triton" not in op.impls:
-            return "it has no Triton kernel"
+            return f"{op.name} has no Triton kernel"
         if not _triton_installed():
             return "Triton is not installed; pip install triton"
         if device == "cpu" and not _interpreting():
@@ -144,6 +147,8 @@ def _seen_into(tensors: list[Tensor]) -> str | None:
     """Why somebody has to see the plain operations; None if nobody does."""
     if any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors):
         return "a tensor subclass defines its own operations"
+    if any(t.layout != torch.strided or t.is_nested or t.is_neg() for t in tensors):
+        return "a sparse, nested or lazily negated tensor is more than the memory that a kernel reads"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "an active dispatch mode wants to see the plain operations"
     if torch._C._are_functorch_transforms_active():
@@ -190,8 +195,14 @@ def _valid(backend: str | None, where: str) -> str | None:
 
 @functools.cache
 def _cpp_compiler() -> str | None:
-    candidates = [os.environ.get("CXX"), "g++", "clang++", "c++"]
-    return next((found for name in candidates if name and (found := shutil.which(name))), None)
+    # Inductor's own search: it looks for no other names than CXX and the platform's one default.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return None
 
 
 @functools.cache

@@ -54,12 +54,14 @@ class Draw:
         device: torch.device | str = "cpu",
         layout: str = "contiguous",
         regime: str = "ordinary",
+        weight_dtype: torch.dtype | None = None,
     ) -> None:
         self.dtype, self.device, self.layout, self.regime = dtype, torch.device(device), layout, regime
+        self.weight_dtype = weight_dtype or dtype
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    def tensor(self, *shape: int) -> Tensor:
         """A differentiable operand, in the drawn layout and value regime."""
         values = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         if self.regime == "tiny":
@@ -68,7 +70,7 @@ class Draw:
             values *= 1e3 if self.dtype == torch.float16 else 1e8
         elif self.regime == "constant" and shape:
             values = values[..., :1].expand(shape)
-        values = values.to(dtype or self.dtype)
+        values = values.to(self.dtype)
         if self.regime in ("inf", "nan") and values.numel():
             special = [float("inf"), float("-inf")] if self.regime == "inf" else [float("nan")]
             flat = values.flatten()
@@ -77,10 +79,10 @@ class Draw:
             values = flat.view(shape)
         return self._lay_out(values.to(self.device)).requires_grad_()
 
-    def weight(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A differentiable parameter: ordinary values, contiguous."""
+    def weight(self, *shape: int) -> Tensor:
+        """A differentiable parameter: ordinary values, contiguous; its dtype may differ from the operands'."""
         values = torch.randn(shape, generator=self.generator, dtype=torch.float64)
-        return values.to(dtype=dtype or self.dtype, device=self.device).requires_grad_()
+        return values.to(dtype=self.weight_dtype, device=self.device).requires_grad_()
 
     def constant(self, *shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
         """A floating-point operand that no gradient flows to, uniform in [low, high)."""
@@ -112,7 +114,7 @@ class Draw:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {self.layout!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Op:
     """One operator: what it computes, what must agree with it, and what is worth testing and timing.
 
@@ -151,5 +153,5 @@ class Op:
     #: Device types on which autocast runs the ATen counterpart in float32.
     autocast_to_float32: frozenset[str] = frozenset()
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.name

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import Gradients, fused
+from ..autograd import Gradients, fused, vjp
 from ..op import Traffic
 
 
@@ -46,12 +46,10 @@ def triton(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tens
 
 
 def _second(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
-    h, weight, bias, _, _ = saved
-    wanted = [t for t in (h, weight, bias) if t is not None]
-    y = reference(h, weight, bias, **options)
-    found = iter(torch.autograd.grad(y, wanted, grads[0].to(y.dtype), create_graph=True, allow_unused=True))
-    dh, dweight, dbias = (None if t is None else next(found) for t in (h, weight, bias))
+    h = saved[0]
+    dh, dweight, dbias = vjp(reference)([grads[0].to(h.dtype)], saved, (True, *needs[2:]), **options)
     if len(grads) == 2:
+        assert dh is not None
         dh = dh + grads[1]
     return dh, dh, dweight, dbias
 

@@ -27,14 +27,20 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.contiguous()
 
 
-@functools.cache
+#: The size of the machine that the interpreter plays: so small that tests send every persistent loop round.
+interpreted_multiprocessors = 4
+
+
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; under the interpreter, those of an H100."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
+    """How many programs run side by side, if each fills a multiprocessor."""
+    return interpreted_multiprocessors if device.type == "cpu" else _multiprocessors(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
     if device.type == "xpu":
         return torch.xpu.get_device_properties(device).gpu_subslice_count
-    return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

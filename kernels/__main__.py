@@ -1,0 +1,52 @@
+"""``python -m braze.kernels``: which implementation every operator would run on this machine, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import torch
+
+from . import OPS, dispatch
+
+DEVICES = ("cpu", "cuda")
+DTYPES = (torch.float32, torch.bfloat16)
+HEADER = ("operator", "device", "dtype", "runs", "why")
+
+
+def rows() -> list[tuple[str, ...]]:
+    """One row for each operator, device and dtype: what runs for large tensors in eager mode."""
+    return [
+        (op.name, device, str(dtype).removeprefix("torch."), *_choice(op, device, dtype))
+        for op in OPS
+        for device in DEVICES
+        for dtype in DTYPES
+    ]
+
+
+def main() -> None:
+    """Print the rows as plain text, columns aligned; no package beyond torch is needed."""
+    print(f"braze {importlib.metadata.version('braze')}, torch {torch.__version__}, {_gpu()}")
+    print(f"Large tensors in eager mode; on the CPU, under {dispatch.SMALLEST_COMPILED} elements all run eager.")
+    print("Inside torch.compile and torch.export every operator is its plain reference, for the compiler to fuse.\n")
+    table = [HEADER, *rows()]
+    widths = [max(len(row[column]) for row in table) for column in range(len(HEADER))]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _choice(op: dispatch.Op, device: str, dtype: torch.dtype) -> tuple[str, str]:
+    try:
+        choice = dispatch.preferred(op, device, dtype, dispatch.SMALLEST_COMPILED)
+    except RuntimeError as error:  # BRAZE_BACKEND asks for what cannot run here
+        return "error", str(error)
+    if device == "cuda" and not torch.cuda.is_available():
+        return f"({choice.backend})", f"{choice.reason}, were there a GPU"
+    return choice
+
+
+def _gpu() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+if __name__ == "__main__":
+    main()

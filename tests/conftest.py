@@ -1,0 +1,29 @@
+"""Test-wide setup. It comes before braze or Triton is imported: Triton reads TRITON_INTERPRET when kernels are defined."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs one process per core
+
+import torch  # noqa: E402  (after OMP_NUM_THREADS)
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile("default", max_examples=30, derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("deep", max_examples=1000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and there is none here"))
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

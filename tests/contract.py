@@ -1,0 +1,220 @@
+"""The contract that every implementation of every operator is held to.
+
+**The error budget.** Let ``truth`` be the reference in float64 on the same inputs, and ``plain`` the reference in the
+dtype under test. An implementation may be wrong by
+
+    slack · (the error of plain + one rounding step of the result's scale)
+
+elementwise, for every output and every input gradient, where the scale is the largest magnitude in that result.
+The error of ``plain`` is a random number, and on a small tensor sometimes zero by luck; it is therefore the largest of a
+few runs on rescaled copies of the inputs. Nothing else is tunable: there is no tolerance to widen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from braze.kernels import dispatch, use_backend
+from braze.kernels.op import Call, Draw, Op
+
+RESCALED = (1.0, 0.9, 1.1, 1.3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One drawn call of one operator."""
+
+    op: Op
+    dims: dict[str, int]
+    dtype: torch.dtype
+    weight_dtype: torch.dtype | None = None
+    variant: str = "default"
+    layout: str = "contiguous"
+    cotangent_layout: str = "contiguous"
+    regime: str = "ordinary"
+    seed: int = 0
+    device: str = "cpu"
+
+    def call(self) -> Call:
+        draw = Draw(self.seed, self.dtype, self.device, self.layout, self.regime, self.weight_dtype)
+        return self.op.inputs(draw, **self.dims, **self.op.variants[self.variant])
+
+    def cotangents(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        draws = [Draw(self.seed + 1 + i, y.dtype, self.device, self.cotangent_layout) for i, y in enumerate(outputs)]
+        return [draw.tensor(*y.shape).detach() for draw, y in zip(draws, outputs, strict=True)]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Outputs, then the gradients of the differentiable inputs; by name, for messages."""
+
+    values: dict[str, Tensor]
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+
+def check_against_reference(case: Case, backend: str) -> None:
+    """Outputs and gradients within the error budget, special values where the reference has them, dtypes as ATen's."""
+    call = case.call()
+    with use_backend(backend), poisoned_allocations():
+        outputs, leaves = _run(case.op.fn, call)
+        cotangents = case.cotangents(outputs)
+        got = _gradients(outputs, leaves, cotangents)
+    _compare(case, call, cotangents, got, _gradients)
+
+
+def check_second_order(case: Case, backend: str) -> None:
+    """The gradient of a functional of the gradients, within the error budget, or a clear error."""
+    call = case.call()
+    with use_backend(backend):
+        outputs, leaves = _run(case.op.fn, call)
+        cotangents = case.cotangents(outputs)
+        try:
+            got = _second_gradients(outputs, leaves, cotangents)
+        except RuntimeError as error:
+            assert "does not currently support double backward" in str(error)  # torch.compile's own message
+            return
+    _compare(case, call, cotangents, got, _second_gradients)
+
+
+def check_deterministic(case: Case, backend: str) -> None:
+    """The same bits twice."""
+    results = []
+    for _ in range(2):
+        with use_backend(backend):
+            outputs, leaves = _run(case.op.fn, case.call())
+            results.append(_gradients(outputs, leaves, case.cotangents(outputs)))
+    for name, value in results[0].values.items():
+        again = results[1].values[name]
+        assert torch.equal(value.contiguous().view(torch.uint8), again.contiguous().view(torch.uint8)), name
+
+
+def check_result_dtype(case: Case, *, autocast: bool) -> None:
+    """Shapes and dtypes as the ATen counterpart gives them, with or without autocast."""
+    call = case.call()
+    with torch.autocast(case.device, torch.bfloat16, enabled=autocast):
+        ours = _tensors(case.op.fn(*call.args, **call.kwargs))
+        aten = _tensors(case.op.aten(*call.args, **call.kwargs))
+    assert [(y.shape, y.dtype) for y in ours] == [(y.shape, y.dtype) for y in aten]
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """torch.empty is filled with NaN (integers: their maximum), so that an element nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all(), "torch.utils.deterministic.fill_uninitialized_memory is off"
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _run(fn: Callable[..., Any], call: Call) -> tuple[list[Tensor], list[Tensor]]:
+    leaves = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.requires_grad]
+    return _tensors(fn(*call.args, **call.kwargs)), leaves
+
+
+def _gradients(outputs: list[Tensor], leaves: list[Tensor], cotangents: list[Tensor]) -> Results:
+    gradients = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
+    return _results(outputs, gradients, leaves)
+
+
+def _second_gradients(outputs: list[Tensor], leaves: list[Tensor], cotangents: list[Tensor]) -> Results:
+    first = torch.autograd.grad(outputs, leaves, cotangents, create_graph=True, allow_unused=True)
+    functional = [g for g in first if g is not None and g.requires_grad]
+    if not functional:  # linear: there is no second derivative
+        return _results(outputs, first, leaves)
+    directions = [torch.linspace(-1, 1, g.numel(), dtype=g.dtype, device=g.device).view(g.shape) for g in functional]
+    second = torch.autograd.grad(functional, leaves, directions, allow_unused=True)
+    return _results([], second, leaves)
+
+
+def _results(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> Results:
+    values = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    for i, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
+        # An input that the result does not depend on may have no gradient or a zero one.
+        gradient = torch.zeros_like(leaf) if gradient is None else gradient.detach()
+        assert gradient.dtype == leaf.dtype
+        values[f"gradient of input {i} {tuple(leaf.shape)}"] = gradient
+    return Results(values)
+
+
+def _compare(
+    case: Case, call: Call, cotangents: list[Tensor], got: Results, derive: Callable[..., Results]
+) -> None:
+    truth, plain = _reference_runs(case, call, cotangents, derive, 1.0)
+    runs = [_reference_runs(case, call, cotangents, derive, s) for s in RESCALED[1:]]
+    for name, value in got.values.items():
+        wanted = truth.values[name]
+        twin = plain.values[name]
+        assert value.shape == twin.shape, f"{name}: shape {tuple(value.shape)}, the reference has {tuple(twin.shape)}"
+        assert value.dtype == twin.dtype, f"{name}: dtype {value.dtype}, the reference has {twin.dtype}"
+        special = ~twin.isfinite()
+        assert torch.equal(value.isfinite(), ~special), f"{name}: not finite in other places than the reference"
+        assert torch.equal(value[special], twin[special]) or (
+            torch.equal(value[special].isnan(), twin[special].isnan())
+            and torch.equal(value[special].nan_to_num(0.0), twin[special].nan_to_num(0.0))
+        ), f"{name}: other special values than the reference"
+        finite = ~special & wanted.isfinite()
+        if not finite.any():
+            continue
+        own_error = max(
+            _error(p.values[name], t.values[name]) for t, p in [(truth, plain), *runs]
+        )
+        info = torch.finfo(value.dtype)
+        step = info.eps * wanted[finite].abs().max().item() + info.smallest_normal * info.eps
+        budget = case.op.slack * (own_error + step)
+        error = _error(value, wanted)
+        assert error <= budget, (
+            f"{name}: error {error:.3g} is over the budget {budget:.3g} "
+            f"(reference's own {own_error:.3g}, rounding step {step:.3g})"
+        )
+
+
+def _error(value: Tensor, wanted: Tensor) -> float:
+    difference = (value.double() - wanted.double())[value.isfinite() & wanted.isfinite()].abs()
+    return difference.max().item() if difference.numel() else 0.0
+
+
+def _reference_runs(
+    case: Case, call: Call, cotangents: list[Tensor], derive: Callable[..., Results], scale: float
+) -> tuple[Results, Results]:
+    """The reference in float64 and in the dtype under test, with the differentiable inputs multiplied by ``scale``."""
+    plain_call = _map(call, lambda t: (t.detach() * scale).requires_grad_(t.requires_grad) if t.requires_grad else t)
+    with _reference_runs_with() as options:
+        plain = derive(*_run(case.op.fn, plain_call), cotangents)
+    wide_call = _map(plain_call, lambda t: t.detach().double().requires_grad_(t.requires_grad))
+    with _reference_runs_with(options):  # the same eps, which may depend on the dtype
+        truth = derive(*_run(case.op.fn, wide_call), [c.double() for c in cotangents])
+    return truth, plain
+
+
+@contextmanager
+def _reference_runs_with(options: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    """Every operator runs its reference; yields the options of the last call, or imposes those given."""
+    seen: dict[str, Any] = {}
+
+    def run(op: Op, *tensors: Tensor | None, **own: Any) -> Any:
+        seen.update(own)
+        return op.reference(*tensors, **(own if options is None else options))
+
+    before, dispatch.run = dispatch.run, run
+    try:
+        yield seen
+    finally:
+        dispatch.run = before
+
+
+def _map(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
+    return pytree.tree_map_only(Tensor, lambda t: change(t) if t.is_floating_point() else t, call)
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
