@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
@@ -146,9 +147,7 @@ def _examine(joint_type: type[Joint], module: nn.Module, root: nn.Module) -> Out
     return _attempt(joint_type, module, root, None)
 
 
-def _attempt(
-    joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes: dict[int, int] | None
-) -> Outcome:
+def _attempt(joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes: dict[int, int] | None) -> Outcome:
     joint = None
     try:
         sample = Sample(module, root, sizes)
@@ -156,7 +155,9 @@ def _attempt(
         if joint is None:
             return Outcome(None, "it computes something else" if _named_like(module, joint_type) else "")
         original, fused = joint.trial(sample)
-        return Outcome(joint, "", verify(original, fused, joint.draws(sample), sample.dtype, joint.exact))
+        return Outcome(
+            joint, "", verify(original, fused, functools.partial(joint.draws, sample), sample.dtype, joint.exact)
+        )
     except Refused as refused:
         close = joint is not None or _named_like(module, joint_type)
         return Outcome(None, str(refused) if close else "")
