@@ -9,5 +9,7 @@ from .ops.rms_norm import ADD_RMS_NORM, RMS_NORM
 from .ops.rms_norm import RMSNorm as RMSNorm
 from .ops.rms_norm import add_rms_norm as add_rms_norm
 from .ops.rms_norm import rms_norm as rms_norm
+from .ops.rope import ROPE
+from .ops.rope import rope as rope
 
-OPS = (RMS_NORM, ADD_RMS_NORM, GLU_OP, PACKED_GLU)
+OPS = (RMS_NORM, ADD_RMS_NORM, GLU_OP, PACKED_GLU, ROPE)
