@@ -1,8 +1,8 @@
 """Paired timing: providers take turns, so that a slow minute of the machine slows all of them.
 
 One round times every provider once, in an order shuffled anew for each round; a sample is as many calls as take
-``SAMPLE_SECONDS`` or more. What is reported is the median with its quartiles, and, against a baseline, the median over rounds
-of the ratio *within* a round, with a bootstrap confidence interval: drifts that outlast a round cancel.
+``SAMPLE_SECONDS`` or more. What is reported is the median with its quartiles, and, against a baseline, the median over
+rounds of the ratio *within* a round, with a bootstrap confidence interval: drifts that outlast a round cancel.
 """
 
 from __future__ import annotations

@@ -1,15 +1,25 @@
 """Fused operators for PyTorch: Triton on the GPU, compiled on the CPU, plain PyTorch everywhere else."""
 
 from .dispatch import use_backend as use_backend
+from .ops.cross_entropy import CROSS_ENTROPY
+from .ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
+from .ops.cross_entropy import cross_entropy as cross_entropy
 from .ops.glu import GLU as GLU
 from .ops.glu import GLU_OP, PACKED_GLU
 from .ops.glu import glu as glu
 from .ops.glu import packed_glu as packed_glu
+from .ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM
+from .ops.layer_norm import LayerNorm as LayerNorm
+from .ops.layer_norm import add_layer_norm as add_layer_norm
+from .ops.layer_norm import layer_norm as layer_norm
 from .ops.rms_norm import ADD_RMS_NORM, RMS_NORM
 from .ops.rms_norm import RMSNorm as RMSNorm
 from .ops.rms_norm import add_rms_norm as add_rms_norm
 from .ops.rms_norm import rms_norm as rms_norm
 from .ops.rope import ROPE
 from .ops.rope import rope as rope
+from .ops.softmax import SOFTMAX
+from .ops.softmax import Softmax as Softmax
+from .ops.softmax import softmax as softmax
 
-OPS = (RMS_NORM, ADD_RMS_NORM, GLU_OP, PACKED_GLU, ROPE)
+OPS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU_OP, PACKED_GLU, ROPE, SOFTMAX, CROSS_ENTROPY)

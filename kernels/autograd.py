@@ -45,10 +45,10 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, *grads):  # type: ignore[override]
         needs = ctx.needs_input_grad[4:]
         # Batched cotangents (is_grads_batched) and lazily negated ones are more than the memory that a kernel reads.
-        batched = torch._C._are_functorch_transforms_active()
+        batched = any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
         run = ctx.second if torch.is_grad_enabled() or batched else ctx.backward
-        grads = [g.resolve_neg() for g in grads]
-        gradients = run(grads, ctx.saved_tensors, needs, **ctx.options)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or batched):
+            gradients = run([g.resolve_neg() for g in grads], ctx.saved_tensors, needs, **ctx.options)
         return None, None, None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 

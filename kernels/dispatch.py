@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import os
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .compiled import compiled
 from .op import Op
 
 BACKENDS = ("eager", "compile", "triton")
@@ -87,9 +86,9 @@ def choose(op: Op, tensors: tuple[Tensor | None, ...]) -> Choice:
         RuntimeError: if a backend was asked for that cannot run here.
     """
     present = [t for t in tensors if t is not None]
-    seen_into = _seen_into(present)
-    if seen_into:
-        return Choice("eager", seen_into)
+    why = seen_into(present)
+    if why:
+        return Choice("eager", why)
     return preferred(op, present[0].device.type, present[0].dtype, max(t.numel() for t in present))
 
 
@@ -139,11 +138,11 @@ def implementation(op: Op, backend: str) -> Callable[..., Any]:
     if backend == "eager":
         return op.reference
     if backend == "compile":
-        return functools.partial(_compiled, op.reference)
+        return compiled(op.reference)
     return op.impls[backend]
 
 
-def _seen_into(tensors: list[Tensor]) -> str | None:
+def seen_into(tensors: list[Tensor]) -> str | None:
     """Why somebody has to see the plain operations; None if nobody does."""
     if any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors):
         return "a tensor subclass defines its own operations"
@@ -158,28 +157,6 @@ def _seen_into(tensors: list[Tensor]) -> str | None:
     if torch.jit.is_tracing():
         return "torch.jit.trace records the plain operations"
     return None
-
-
-def _compiled(reference: Callable[..., Any], *tensors: Tensor | None, **options: Any) -> Any:
-    # Dynamo counts recompiles per code object and falls back to eager, in silence, after eight. Each kind of call gets
-    # a code object of its own, so only sizes can recompile, and dynamic=True covers those.
-    kind = (
-        torch.is_grad_enabled(),
-        *((t.dim(), t.dtype, t.device, t.requires_grad) if t is not None else None for t in tensors),
-        *sorted(options.items()),
-    )
-    return _specialization(reference, kind)(*tensors, **options)
-
-
-_serial = itertools.count()
-
-
-@functools.cache
-def _specialization(reference: types.FunctionType, kind: tuple[Any, ...]) -> Callable[..., Any]:
-    code = reference.__code__.replace(co_name=f"{reference.__name__}_{next(_serial)}")
-    copy = types.FunctionType(code, reference.__globals__, reference.__name__, reference.__defaults__)
-    copy.__kwdefaults__ = reference.__kwdefaults__
-    return torch.compile(copy, dynamic=True)
 
 
 def _to_float32(tensor: Tensor | None) -> Tensor | None:
@@ -219,4 +196,4 @@ def _interpreting() -> bool:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=5)
+    warnings.warn(message, RuntimeWarning, stacklevel=6)  # preferred, choose, run, the function, its caller

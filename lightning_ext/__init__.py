@@ -1,1 +1,26 @@
 """Lightning: every Trainer gets the fused operators with one line."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .fused_precision import FusedPrecision as FusedPrecision
+
+# Loaded on first use, so that the package imports where Lightning is not installed.
+_MODULES = {"FusedPrecision": "fused_precision"}
+__all__ = ["FusedPrecision"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    try:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "lightning":
+            raise
+        raise ImportError(
+            f"{__name__}.{name} needs Lightning, which is not installed: pip install 'braze[lightning]'"
+        ) from error

@@ -4,13 +4,13 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs one process per core
 
-import torch  # noqa: E402  (after OMP_NUM_THREADS)
+import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
+import hypothesis
+import pytest
 
 hypothesis.settings.register_profile("default", max_examples=30, derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("deep", max_examples=1000, deadline=None, print_blob=True)

@@ -7,6 +7,7 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 
 from braze.kernels import OPS, use_backend
@@ -109,7 +110,7 @@ def test_second_derivatives_stay_with_their_inputs(op: Op, device: str) -> None:
 
 
 @every_variant
-def test_compiled_second_derivatives_are_right_or_refused(op: Op, variant: str, device: str) -> None:
+def test_compiled_second_derivatives_are_right(op: Op, variant: str, device: str) -> None:
     check_second_order(example(op, variant, device=device), "compile")
 
 
@@ -117,6 +118,19 @@ def test_compiled_second_derivatives_are_right_or_refused(op: Op, variant: str, 
 def test_same_input_gives_the_same_bits(op: Op, variant: str, device: str) -> None:
     for backend in ("triton", "compile"):
         check_deterministic(example(op, variant, device=device), backend)
+
+
+@every_op
+@pytest.mark.parametrize("backend", ["triton", "compile"])
+def test_backward_runs_twice_on_a_retained_graph(op: Op, backend: str, device: str) -> None:
+    call = example(op, device=device).call()
+    leaf = call.args[0]
+    with use_backend(backend):
+        outputs = torch.utils._pytree.tree_leaves(op.fn(*call.args, **call.kwargs))
+        total = sum(y.sum() for y in outputs)
+        (first,) = torch.autograd.grad(total, leaf, retain_graph=True)
+        (second,) = torch.autograd.grad(total, leaf)
+    assert torch.equal(first, second)
 
 
 @every_variant
@@ -139,12 +153,14 @@ def test_compiles_without_graph_break_or_recompile(op: Op, variant: str, device:
     torch._dynamo.reset()
     compiled = torch.compile(op.fn, fullgraph=True, backend=frames, dynamic=True)
     dims = example(op).dims
-    for factor in (1, 2):
+    counts = []
+    for factor in (2, 3):  # not 1: a batch as large as another dim would be taken for the same symbol
         first = next(iter(dims))
         case = Case(op, {**dims, first: factor * dims[first]}, torch.float32, variant=variant, device=device)
         call = case.call()
         torch.testing.assert_close(compiled(*call.args, **call.kwargs), op.fn(*call.args, **call.kwargs))
-    assert frames.frame_count == 1
+        counts.append(frames.frame_count)
+    assert counts[0] == counts[1]  # tracing may restart within the first call, for a float that it makes a constant
 
 
 @every_variant

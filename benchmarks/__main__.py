@@ -1,0 +1,61 @@
+"""``python -m braze.benchmarks COMMAND``: every measurement, each with ``--quick`` and ``--json FILE``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import records
+
+#: A command is the module of the same name; it offers ``add_arguments(parser)`` and ``run(arguments) -> records``.
+COMMANDS = {
+    "kernels": "judge every Triton kernel with no GPU: bytes moved, registers, spills, access width",
+    "ops": "time every operator against plain ATen and torch.compile, with its error beside its speed",
+    "demo": "train real models under Lightning, vanilla and fused, side by side",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    program = "python -m braze.benchmarks"
+    if not words or words[0] not in COMMANDS:
+        listing = "\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())
+        chooser = argparse.ArgumentParser(
+            program,
+            description=f"Every measurement, from one place.\n\ncommands:\n{listing}",
+            formatter_class=argparse.RawTextHelpFormatter,
+        )
+        chooser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the above; it has its --help")
+        chooser.parse_args(words or ["--help"])
+        raise AssertionError("unreachable: argparse exits, for help or with an error")
+    name = words[0]
+    command = _load(name)
+    parser = argparse.ArgumentParser(f"{program} {name}", description=COMMANDS[name])
+    parser.add_argument("--quick", action="store_true", help="small sizes and few repeats: under a minute or so")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here, as flat records")
+    command.add_arguments(parser)
+    arguments = parser.parse_args(words[1:])
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"--json: there is no folder {arguments.json.absolute().parent}; make it first")
+    found = command.run(arguments)
+    if arguments.json:
+        records.write(arguments.json, name, found)
+    return 0
+
+
+def _load(name: str) -> Any:
+    try:
+        return importlib.import_module(f"braze.benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("braze."):
+            raise
+        sys.exit(f"the command {name!r} needs {error.name}, which is not installed: pip install 'braze[bench]'")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

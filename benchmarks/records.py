@@ -1,0 +1,66 @@
+"""How measurements are kept: flat records, with the machine and the versions that they were taken on beside them."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: One measurement, JSON values only: what was measured (op, provider, pass, dtype, shape, …) and its figures.
+Record = dict[str, Any]
+
+
+def write(path: Path, command: str, records: Sequence[Record]) -> None:
+    """Write ``{"command", "environment", "records"}`` as JSON."""
+    content = {"command": command, "environment": environment(), "records": list(records)}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the code that it names."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("braze", "torch", "triton", "lightning", "transformers")},
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        # An installed copy may lie inside somebody else's repository, whose commit would say nothing.
+        if subprocess.run([*git, "ls-files", "--error-unmatch", "records.py"], capture_output=True).returncode:
+            return None
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

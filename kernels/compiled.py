@@ -1,0 +1,70 @@
+"""How an operator runs on the CPU: its reference and the reference's gradient, each compiled on its own.
+
+``torch.compile`` of the differentiable reference would do both at once, but its backward cannot run a second time
+(``retain_graph=True``) or be differentiated, which an eager operator must. So the forward pass is compiled without
+autograd and saves only its inputs; the backward pass is compiled from ``torch.func.vjp`` and recomputes what it needs,
+which for these operators is less work than fetching it from memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autograd import Gradients, fused, vjp
+
+
+@functools.cache
+def compiled(reference: types.FunctionType) -> Callable[..., Any]:
+    """The compiled form of ``reference``: the same arguments, results and derivatives."""
+
+    def forward(*tensors: Tensor | None, **options: Any) -> tuple[Any, Sequence[Tensor | None]]:
+        return _specialization(reference, _kind(tensors, options))(*tensors, **options), tensors
+
+    def backward(
+        grads: Sequence[Tensor], saved: Sequence[Tensor | None], needs: Sequence[bool], **options: Any
+    ) -> Gradients:
+        kind = (*_kind(grads, {}), *_kind(saved, options), *needs)
+        with torch.no_grad():
+            return _specialization(pullback, kind)(tuple(grads), tuple(saved), tuple(needs), options)
+
+    def pullback(
+        grads: tuple[Tensor, ...], saved: tuple[Tensor | None, ...], needs: tuple[bool, ...], options: dict[str, Any]
+    ) -> Gradients:
+        wanted = [t for t, need in zip(saved, needs, strict=True) if need]
+
+        def outputs(*replaced: Tensor) -> Any:
+            fresh = iter(replaced)
+            return reference(*(next(fresh) if need else t for t, need in zip(saved, needs, strict=True)), **options)
+
+        found = iter(torch.func.vjp(outputs, *wanted)[1](grads if len(grads) > 1 else grads[0]))
+        return [next(found) if need else None for need in needs]
+
+    def run(*tensors: Tensor | None, **options: Any) -> Any:
+        return fused(forward, backward, vjp(reference), tensors, options)
+
+    return run
+
+
+def _kind(tensors: Sequence[Tensor | None], options: dict[str, Any]) -> tuple[Any, ...]:
+    described = ((t.dim(), t.dtype, t.device) if t is not None else None for t in tensors)
+    return (*described, *sorted(options.items()))
+
+
+_serial = itertools.count()
+
+
+@functools.cache
+def _specialization(function: types.FunctionType, kind: tuple[Any, ...]) -> Callable[..., Any]:
+    # Dynamo counts recompiles per code object and falls back to eager, in silence, after eight. Each kind of call gets
+    # a code object of its own, so only sizes can recompile, and dynamic=True covers those.
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
+    copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(copy, dynamic=True)

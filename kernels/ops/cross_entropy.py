@@ -1,0 +1,292 @@
+"""Cross-entropy of logits and class indices, with everything the torch function has, a soft cap and a z-loss.
+
+Over the C classes of one position with target t, class weights w (1 where there are none) and smoothing ε:
+
+    s = softcap·tanh(x / softcap) where there is a cap, else x          lse = log Σ exp(s)
+    loss = (1 − ε)·w_t·(lse − s_t) + (ε / C)·Σ_c w_c·(lse − s_c) + z_loss·w_t·lse²
+
+and 0 where t is ``ignore_index``. "mean" divides the sum of the losses by Σ w_t over the positions that count.
+
+Source: ``torch.nn.functional.cross_entropy``; the soft cap is Gemma 2's, the z-loss PaLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch
+from ..autograd import fused, vjp
+from ..op import Call, Draw, ErrorInput, Op, Traffic
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def reference(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
+) -> Tensor:
+    """Cross-entropy in plain PyTorch: x [N, C, d1, …] and target [N, d1, …], or x [C] and a scalar target."""
+    classes = 1 if x.dim() > 1 else 0
+    ignored = target == ignore_index
+    s = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(ignored.unsqueeze(classes), 0.0)
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    index = target.long().masked_fill(ignored, 0)
+    w = torch.ones_like(index, dtype=s.dtype) if weight is None else weight.to(s.dtype)[index]
+    logp = torch.log_softmax(s, classes)
+    loss = -(1.0 - label_smoothing) * w * logp.gather(classes, index.unsqueeze(classes)).squeeze(classes)
+    if label_smoothing:
+        if weight is None:
+            every = logp.sum(classes)
+        else:
+            every = (logp * weight.to(s.dtype).view(-1, *[1] * (x.dim() - classes - 1))).sum(classes)
+        loss = loss - label_smoothing / x.shape[classes] * every
+    if z_loss:
+        loss = loss + z_loss * w * torch.logsumexp(s, classes).square()
+    loss = loss.masked_fill(ignored, 0.0)
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / w.masked_fill(ignored, 0.0).sum()
+    return loss.to(x.dtype)
+
+
+def cross_entropy(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Cross-entropy between logits and class indices, as ``torch.nn.functional.cross_entropy``, and more.
+
+    Computed in float32 and rounded once; the logits are read once forward and once backward. An ignored position adds
+    nothing to the loss, and its gradient is 0 whatever its logits hold.
+
+    Args:
+        x: floating-point logits [C], [N, C] or [N, C, d1, …].
+        target: integer class indices in [0, C) or ``ignore_index``: [], [N] or [N, d1, …]. Class probabilities like x
+            are handed to ``torch.nn.functional.cross_entropy``.
+        weight: of each class, [C]; no gradient flows to it.
+        ignore_index: target value that marks a position as ignored.
+        reduction: "none", "mean" (weighted) or "sum".
+        label_smoothing: ε in [0, 1].
+        softcap: if given, x is first replaced by ``softcap·tanh(x / softcap)``.
+        z_loss: factor of lse², which keeps the normalizer near 1.
+
+    Returns:
+        The losses, like target, or their mean or sum, a scalar; in x's dtype (float32 under autocast).
+
+    Raises:
+        TypeError: if x is not floating point, or target is boolean.
+        ValueError: if shapes do not fit, an option is out of range, weight requires a gradient, or class probabilities
+            are combined with softcap or z_loss.
+        IndexError: if a target on the CPU is out of range. On a GPU, where looking would stall the stream, the loss of
+            such a position is NaN, and so is its gradient.
+    """
+    if target.is_floating_point() and not (softcap is not None or z_loss):
+        return F.cross_entropy(
+            x, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+    _check(x, target, weight)
+    _check_options(weight, reduction, label_smoothing, softcap)
+    _check_range(x, target, ignore_index)
+    return dispatch.run(
+        CROSS_ENTROPY,
+        x,
+        target,
+        weight,
+        ignore_index=int(ignore_index),
+        reduction=reduction,
+        label_smoothing=float(label_smoothing),
+        softcap=None if softcap is None else float(softcap),
+        z_loss=float(z_loss),
+    )
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """Drop-in for ``torch.nn.CrossEntropyLoss``: same arguments and two more; runs :func:`cross_entropy`."""
+
+    softcap: float | None = None
+    z_loss: float = 0.0
+
+    def __init__(self, *args: Any, softcap: float | None = None, z_loss: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.softcap, self.z_loss = softcap, z_loss
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        """Logits [N, C, …] and targets [N, …] → the loss."""
+        return cross_entropy(
+            x,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
+        )
+
+
+def _check(x: Tensor, target: Tensor, weight: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"cross_entropy: x must be a floating-point tensor, got {x.dtype}; convert it, e.g. x.float()")
+    if target.is_floating_point():
+        raise ValueError(
+            "cross_entropy: softcap and z_loss need class indices as target, got class probabilities "
+            f"({target.dtype}); leave them out, or pass integers"
+        )
+    if target.dtype == torch.bool or target.is_complex():
+        raise TypeError(f"cross_entropy: target must be integers or probabilities, got {target.dtype}; target.long()?")
+    if x.dim() == 0:
+        raise ValueError("cross_entropy: x must have a dimension of classes, got a scalar")
+    wanted = x.shape[:1] + x.shape[2:] if x.dim() > 1 else x.shape[:0]
+    if target.shape != wanted:
+        raise ValueError(
+            f"cross_entropy: target must have the shape of x {tuple(x.shape)} without the classes (dim 1), "
+            f"{tuple(wanted)}, got {tuple(target.shape)}; flatten tokens, e.g. x.flatten(0, -2), target.flatten()"
+        )
+    classes = x.shape[1 if x.dim() > 1 else 0]
+    if weight is not None and weight.shape != (classes,):
+        raise ValueError(
+            f"cross_entropy: weight must have one element for each class, ({classes},), got {tuple(weight.shape)}"
+        )
+
+
+def _check_options(weight: Tensor | None, reduction: str, label_smoothing: float, softcap: float | None) -> None:
+    if weight is not None and weight.requires_grad:
+        raise ValueError("cross_entropy: no gradient flows to weight, but it requires one; pass weight.detach()")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"cross_entropy: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"cross_entropy: label_smoothing must be between 0 and 1, got {label_smoothing}")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"cross_entropy: softcap must be positive, got {softcap}; None is no cap")
+
+
+def _check_range(x: Tensor, target: Tensor, ignore_index: int) -> None:
+    if target.device.type != "cpu" or torch.compiler.is_compiling() or dispatch.seen_into([x, target]):
+        return
+    classes = x.shape[1 if x.dim() > 1 else 0]
+    outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if outside.any():
+        raise IndexError(
+            f"cross_entropy: target must be in [0, {classes}) or ignore_index ({ignore_index}), "
+            f"got {target[outside][0].item()}; check the vocabulary size and the padding value"
+        )
+
+
+def _triton(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
+    from ..triton import cross_entropy as kernels
+
+    second = vjp(reference)
+    if x.dim() == 2:
+        return fused(kernels.forward, kernels.backward, second, (x, target, weight), options)
+    logits = x.movedim(1, -1).flatten(0, -2) if x.dim() > 1 else x[None]
+    loss = fused(kernels.forward, kernels.backward, second, (logits, target.flatten(), weight), options)
+    return loss.view(target.shape) if options["reduction"] == "none" else loss
+
+
+def _aten(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    classes = 1 if x.dim() > 1 else 0
+    s = x if softcap is None else softcap * torch.tanh(x / softcap)
+    weight = None if weight is None else weight.to(s.dtype)
+    loss = F.cross_entropy(
+        s, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+    if not z_loss:
+        return loss
+    w = (target != ignore_index).to(s.dtype)
+    if weight is not None:
+        w = w * weight[target.masked_fill(target == ignore_index, 0)]
+    z = z_loss * w * torch.logsumexp(s, classes).square()
+    return loss + (z if reduction == "none" else z.sum() if reduction == "sum" else z.sum() / w.sum()).to(loss.dtype)
+
+
+def _inputs(draw: Draw, *, N: int, C: int, weight: bool = False, spatial: bool = False, **options: Any) -> Call:
+    x = draw.tensor(N, C, 3) if spatial else draw.tensor(N, C)
+    shape = (N, 3) if spatial else (N,)
+    ignored = draw.booleans(*shape, probability=0.2)
+    target = draw.integers(0, C, *shape).masked_fill(ignored, options.get("ignore_index", -100))
+    # Weights are positive: with a sum near zero the mean would say nothing about the implementation.
+    weights = draw.constant(C, low=0.1, high=1.0) if weight else None
+    return Call((x, target, weights), options)
+
+
+def _errors() -> Iterator[ErrorInput]:
+    x, target = torch.zeros(2, 8), torch.tensor([0, 1])
+    wrong = torch.tensor([0, 8])
+    weight = torch.ones(8, requires_grad=True)
+    yield ErrorInput(Call((x.long(), target)), TypeError, r"x must be a floating-point.*int64")
+    yield ErrorInput(Call((x, target > 0)), TypeError, r"target must be integers or probabilities, got torch.bool")
+    yield ErrorInput(Call((x, x), {"z_loss": 1e-4}), ValueError, "need class indices as target")
+    yield ErrorInput(Call((torch.tensor(1.0), target)), ValueError, "dimension of classes, got a scalar")
+    yield ErrorInput(Call((x, target[:1])), ValueError, r"target must have the shape.*\(2,\), got \(1,\)")
+    yield ErrorInput(Call((x, target, torch.ones(7))), ValueError, r"weight must have one.*\(8,\), got \(7,\)")
+    yield ErrorInput(Call((x, target, weight)), ValueError, r"pass weight.detach\(\)")
+    yield ErrorInput(Call((x, target), {"reduction": "avg"}), ValueError, "reduction must be one of.*got 'avg'")
+    yield ErrorInput(Call((x, target), {"label_smoothing": 2}), ValueError, "label_smoothing.*between 0 and 1, got 2")
+    yield ErrorInput(Call((x, target), {"softcap": 0.0}), ValueError, "softcap must be positive, got 0.0")
+    yield ErrorInput(Call((x, wrong)), IndexError, r"target must be in \[0, 8\) or ignore_index \(-100\), got 8")
+
+
+def _traffic(itemsize: int, *, N: int, C: int, weight: bool = False, spatial: bool = False, **_: Any) -> Traffic:
+    """x, target forward; x, target, dx backward; 16 bytes of loss, its weight and the normalizer for each position."""
+    positions = 3 * N if spatial else N
+    classes = C * itemsize if weight else 0
+    return Traffic(
+        forward=positions * (C * itemsize + 8 + 16) + classes,
+        backward=positions * (2 * C * itemsize + 8 + 8) + classes,
+    )
+
+
+CROSS_ENTROPY = Op(
+    name="cross_entropy",
+    fn=cross_entropy,
+    reference=reference,
+    impls={"triton": _triton},
+    inputs=_inputs,
+    dims={"N": (0, 1, 2, 5, 129), "C": (1, 2, 10, 31, 33, 127, 129, 256, 1025, 4096, 4097, 10_001)},
+    bench=({"N": 4096, "C": 32_000}, {"N": 8192, "C": 256}),
+    traffic=_traffic,
+    flops=lambda N, C: 4 * N * C,
+    aten=_aten,
+    errors=_errors,
+    variants={
+        "default": {},
+        "smoothed": {"label_smoothing": 0.1},
+        "weighted": {"weight": True, "reduction": "sum", "ignore_index": 0},
+        "weighted, smoothed": {"weight": True, "label_smoothing": 0.2},
+        "softcap": {"softcap": 30.0, "reduction": "none"},
+        "z-loss": {"z_loss": 1e-2, "reduction": "none"},
+        "everything, N-D": {"spatial": True, "weight": True, "label_smoothing": 0.1, "softcap": 5.0, "z_loss": 1e-2},
+    },
+    module=CrossEntropyLoss,
+    autocast_to_float32=frozenset({"cpu", "cuda", "xpu"}),
+)

@@ -1,0 +1,188 @@
+"""Cross-entropy of N rows of V logits, one row every ``x_stride`` elements.
+
+With s = softcap·tanh(x / softcap) or x, W = Σ w_c and the upstream gradient g of a row's loss:
+
+    forward   m = max s      l = log Σ exp(s − m)      lse = m + l
+              loss = (1 − ε)·w_t·(lse − s_t) + (ε / V)·Σ w_c·(lse − s_c) + z·w_t·lse²
+    backward  p = exp(s − m − l)
+              ds = g·(p·((1 − ε)·w_t + (ε / V)·W + 2z·w_t·lse) − (1 − ε)·w_t·[c = t] − (ε / V)·w_c)
+              dx = ds·(1 − tanh²(x / softcap))
+
+Memory-bound: the logits are read once forward, with a running maximum and sum (Milakov and Gimelshein, 2018), and once
+backward, where blocks of a row are independent programs. m and l are kept apart: at logits of 1e8 their sum has lost l.
+Rows shorter than a block share a program; the logits of ignored rows are not read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import contiguous, rows
+
+MAX_BLOCK = 4_096
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to about 3 ulp, and its derivative; from exp(−2|x|), which cannot overflow.
+
+    Near 0, where 1 − exp cancels, five terms of the series: the first one left out is below 1e-8 of x.
+    """
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    q = x * x
+    near = x + x * q * (-1.0 / 3.0 + q * (2.0 / 15.0 + q * (-17.0 / 315.0 + q * (62.0 / 2835.0))))
+    t = tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0.0, -far, far))
+    return t, 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def _forward(
+    x, target, weight, losses, row_weights, peaks, log_sums,
+    x_stride, N, V, ignore_index, smoothing, softcap, z_loss,
+    SMOOTHED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.load(target + n, n < N, other=0).to(tl.int64)
+    counts = (n < N) & (t != ignore_index)
+    valid = counts & (t >= 0) & (t < V)
+    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    base = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    gap = tl.zeros([BLOCK_N], tl.float32)  # Σ w_c·(base − s_c)
+    W = 0.0
+    for start in range(0, V, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        inside = counts[:, None] & (v < V)[None, :]
+        s = tl.load(x + n[:, None] * x_stride + v[None, :], inside, other=float("-inf")).to(tl.float32)
+        if softcap is not None:
+            tanh, _ = _tanh(s / softcap)
+            s = tl.where(inside, softcap * tanh, float("-inf"))
+        peak = tl.maximum(m, tl.max(s, 1))
+        before = base
+        # While every logit is −∞ so is the maximum, and −∞ − (−∞) would be NaN.
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        total = total * tl.exp(m - base) + tl.sum(tl.exp(s - base[:, None]), 1)
+        m = peak
+        if SMOOTHED:
+            w_c = tl.where(v < V, 1.0, 0.0)
+            if weight is not None:
+                w_c = tl.load(weight + v, v < V, other=0.0).to(tl.float32)
+            gap += (base - before) * W + tl.sum(tl.where(inside, w_c[None, :] * (base[:, None] - s), 0.0), 1)
+            W += tl.sum(w_c, 0)
+    log_sum = tl.log(total)
+    s_t = tl.load(x + n * x_stride + t, valid, other=float("nan")).to(tl.float32)
+    if softcap is not None:
+        tanh, _ = _tanh(s_t / softcap)
+        s_t = softcap * tanh
+    w = tl.where(counts, 1.0, 0.0)
+    if weight is not None:
+        w = tl.load(weight + t, valid, other=0.0).to(tl.float32)
+    loss = (1.0 - smoothing) * w * (base - s_t + log_sum)
+    if SMOOTHED:
+        loss += smoothing / V * (gap + log_sum * W)
+    if z_loss is not None:
+        loss += z_loss * w * (base + log_sum) * (base + log_sum)
+    tl.store(losses + n, tl.where(counts, loss, 0.0).to(losses.dtype.element_ty), n < N)
+    if row_weights is not None:
+        tl.store(row_weights + n, w, n < N)
+    tl.store(peaks + n, base, n < N)
+    tl.store(log_sums + n, log_sum, n < N)
+
+
+@triton.jit
+def _backward(
+    grad, x, target, weight, peaks, log_sums, weight_sum, normalizer, dx,
+    grad_stride, x_stride, N, V, ignore_index, smoothing, softcap, z_loss,
+    SMOOTHED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    t = tl.load(target + n, n < N, other=0).to(tl.int64)
+    counts = (n < N) & (t != ignore_index)
+    valid = counts & (t >= 0) & (t < V)
+    inside = counts[:, None] & (v < V)[None, :]
+    g = tl.load(grad + n * grad_stride, counts, other=0.0).to(tl.float32)
+    if normalizer is not None:
+        g = g / tl.load(normalizer)
+    base = tl.load(peaks + n, counts, other=0.0)
+    log_sum = tl.load(log_sums + n, counts, other=0.0)
+    w = tl.where(valid, 1.0, float("nan"))
+    if weight is not None:
+        w = tl.load(weight + t, valid, other=float("nan")).to(tl.float32)
+    pull = (1.0 - smoothing) * w
+    push = pull
+    if SMOOTHED:
+        W = 1.0 * V
+        if weight is not None:
+            W = tl.load(weight_sum)
+        push += smoothing / V * W
+    if z_loss is not None:
+        push += 2.0 * z_loss * w * (base + log_sum)
+    s = tl.load(x + n[:, None] * x_stride + v[None, :], inside, other=0.0).to(tl.float32)
+    if softcap is not None:
+        tanh, slope = _tanh(s / softcap)
+        s = softcap * tanh
+    ds = tl.exp(s - base[:, None] - log_sum[:, None]) * push[:, None]
+    ds -= tl.where(v.to(tl.int64)[None, :] == t[:, None], pull[:, None], 0.0)
+    if SMOOTHED:
+        if weight is not None:
+            ds -= smoothing / V * tl.load(weight + v, v < V, other=0.0).to(tl.float32)[None, :]
+        else:
+            ds -= smoothing / V
+    ds *= g[:, None]
+    if softcap is not None:
+        ds *= slope
+    ds = tl.where(inside, ds, 0.0).to(dx.dtype.element_ty)
+    tl.store(dx + n[:, None] * V + v[None, :], ds, (n < N)[:, None] & (v < V)[None, :])
+
+
+def forward(x, target, weight, *, reduction: str, ignore_index: int, label_smoothing: float, softcap, z_loss: float):
+    """Return the loss of logits [N, V], and what the backward pass needs."""
+    logits = rows(x)
+    N, V = logits.shape
+    losses, row_weights = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
+    peaks, log_sums = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
+    if x.numel():
+        BLOCK_N, BLOCK_V, num_warps = _block(V)
+        _forward[(triton.cdiv(N, BLOCK_N),)](
+            logits, target.contiguous(), contiguous(weight), losses, row_weights if reduction == "mean" else None,
+            peaks, log_sums, logits.stride(0), N, V, ignore_index, label_smoothing, softcap, z_loss or None,
+            SMOOTHED=label_smoothing != 0.0, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, num_warps=num_warps,
+        )  # fmt: skip
+    normalizer = None
+    if reduction == "none":
+        loss = losses
+    elif reduction == "sum":
+        loss = losses.sum()
+    else:
+        normalizer = row_weights.sum()
+        loss = losses.sum() / normalizer
+    return loss.to(x.dtype), (x, target, weight, peaks, log_sums, normalizer)
+
+
+def backward(grads, saved, needs, *, reduction: str, ignore_index: int, label_smoothing: float, softcap, z_loss: float):
+    """Return the gradient of the logits."""
+    x, target, weight, peaks, log_sums, normalizer = saved
+    (grad,) = grads
+    logits = rows(x)
+    N, V = logits.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    weight_sum = weight.sum(dtype=torch.float32) if weight is not None and label_smoothing else None
+    if x.numel():
+        BLOCK_N, BLOCK_V, num_warps = _block(V)
+        _backward[(triton.cdiv(N, BLOCK_N), triton.cdiv(V, BLOCK_V))](
+            grad, logits, target.contiguous(), contiguous(weight), peaks, log_sums, weight_sum, normalizer, dx,
+            grad.stride(0) if grad.dim() else 0, logits.stride(0), N, V,
+            ignore_index, label_smoothing, softcap, z_loss or None,
+            SMOOTHED=label_smoothing != 0.0, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, num_warps=num_warps,
+        )  # fmt: skip
+    return dx, None, None
+
+
+def _block(V: int) -> tuple[int, int, int]:
+    """Rows and logits of a block of about MAX_BLOCK elements, and the warps that work on it."""
+    BLOCK_V = min(triton.next_power_of_2(V), MAX_BLOCK)
+    return MAX_BLOCK // BLOCK_V, BLOCK_V, 8
