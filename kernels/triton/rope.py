@@ -83,16 +83,17 @@ def _rotate(
                 tl.store(y_at, (x1 * c1 - x2 * s1).to(y.dtype.element_ty), mask)
                 tl.store(y_at + half, (x2 * c2 + x1 * s2).to(y.dtype.element_ty), mask)
 
-    for start in range(R, D, BLOCK_REST):
-        d = start + tl.arange(0, BLOCK_REST)
-        for head_tile in range(HEAD_TILES):
-            h = first_head + head_tile * BLOCK_H + tl.arange(0, BLOCK_H)
-            h0 = (h // H1).to(tl.int64)
-            h1 = (h % H1).to(tl.int64)
-            mask = token[:, None, None] & (h < H)[None, :, None] & (d < D)[None, None, :]
-            x_at = x + x_token + (h0 * x_h0 + h1 * x_h1)[None, :, None] + d[None, None, :]
-            y_at = y + y_token + (h0 * y_h0 + h1 * y_h1)[None, :, None] + d[None, None, :]
-            tl.store(y_at, tl.load(x_at, mask), mask)
+    if BLOCK_REST > 0:
+        for start in range(R, D, BLOCK_REST):
+            d = start + tl.arange(0, BLOCK_REST)
+            for head_tile in range(HEAD_TILES):
+                h = first_head + head_tile * BLOCK_H + tl.arange(0, BLOCK_H)
+                h0 = (h // H1).to(tl.int64)
+                h1 = (h % H1).to(tl.int64)
+                mask = token[:, None, None] & (h < H)[None, :, None] & (d < D)[None, None, :]
+                x_at = x + x_token + (h0 * x_h0 + h1 * x_h1)[None, :, None] + d[None, None, :]
+                y_at = y + y_token + (h0 * y_h0 + h1 * y_h1)[None, :, None] + d[None, None, :]
+                tl.store(y_at, tl.load(x_at, mask), mask)
 
 
 def forward(x, cos, sin, *, interleaved: bool):
@@ -126,13 +127,14 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transpose: b
     BLOCK_H = min(rows, triton.next_power_of_2(H))
     BLOCK_T = min(rows // BLOCK_H, triton.next_power_of_2(T))
     BLOCK_P = min(MAX_PAIRS, triton.next_power_of_2(max(1, R // 2)))
-    BLOCK_REST = min(2 * MAX_PAIRS, triton.next_power_of_2(max(1, D - R)))
+    BLOCK_REST = min(2 * MAX_PAIRS, triton.next_power_of_2(D - R)) if D > R else 0
+    num_warps = min(8, max(1, BLOCK_T * BLOCK_H * BLOCK_P // 256))
     grid = (triton.cdiv(T, BLOCK_T), triton.cdiv(H, BLOCK_H * HEAD_TILES.value))
     _rotate[grid](
         x, cos, sin, y, T, T1, H, H1, D, R,
         t0[0], t1[0], h0[0], h1[0], t0[1], t1[1], h0[1], h1[1], t0[2], t1[2], t0[3], t1[3],
         INTERLEAVED=interleaved, TRANSPOSE=transpose,
-        BLOCK_T=BLOCK_T, BLOCK_H=BLOCK_H, BLOCK_P=BLOCK_P, BLOCK_REST=BLOCK_REST, num_warps=8,
+        BLOCK_T=BLOCK_T, BLOCK_H=BLOCK_H, BLOCK_P=BLOCK_P, BLOCK_REST=BLOCK_REST, num_warps=num_warps,
     )  # fmt: skip
     return y
 
