@@ -1,6 +1,9 @@
 """Fused operators for PyTorch: Triton on the GPU, compiled on the CPU, plain PyTorch everywhere else."""
 
 from .dispatch import use_backend as use_backend
+from .fuse import FusionReport as FusionReport
+from .fuse import fuse as fuse
+from .fuse import unfuse as unfuse
 from .ops.cross_entropy import CROSS_ENTROPY
 from .ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from .ops.cross_entropy import cross_entropy as cross_entropy
