@@ -9,7 +9,7 @@ from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .records import Record
-from .result import BLOCK, PROFILED, Result
+from .result import BLOCK, PROFILED, Precision, Result
 from .tasks import TASKS, Task
 
 #: Steps whose mean is "the final train loss".
@@ -26,9 +26,7 @@ LAST = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what only this command takes."""
-    parser.add_argument(
-        "--precision", choices=["32-true", "bf16-mixed", "bf16-true"], help="default: what suits the CPU"
-    )
+    parser.add_argument("--precision", choices=get_args(Precision), help="default: what suits the CPU")
     parser.add_argument(
         "--models", nargs="+", choices=TASKS, default=list(TASKS), metavar="MODEL", help=", ".join(TASKS)
     )
@@ -46,7 +44,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress:
         for name in arguments.models:
-            steps = TASKS[name].steps // 4 if arguments.quick else TASKS[name].steps
+            steps = TASKS[name].steps // 5 if arguments.quick else TASKS[name].steps
             runs[name] = _train_pair(name, precision, steps, progress)
     console.print(_table(runs, precision))
     _plot(runs, precision, arguments.plot)
@@ -54,7 +52,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     return [record for name, pair in runs.items() for record in _records(name, pair, precision)]
 
 
-def _suitable_precision() -> str:
+def _suitable_precision() -> Precision:
     """Mixed precision where the CPU multiplies bfloat16 in hardware; elsewhere that is slower than float32.
 
     On an AMD EPYC with AVX512-BF16, two cores, a step of the Llama took 116 ms for 178 in float32.
@@ -63,7 +61,7 @@ def _suitable_precision() -> str:
     return "bf16-mixed" if flags.exists() and "avx512_bf16" in flags.read_text() else "32-true"
 
 
-def _train_pair(name: str, precision: str, steps: int, progress: Progress) -> tuple[Result, Result]:
+def _train_pair(name: str, precision: Precision, steps: int, progress: Progress) -> tuple[Result, Result]:
     """Train vanilla and fused in a process each, in turns of ``BLOCK`` steps, so that they meet the same noise."""
     # One process imports Lightning, and the runs are forked from it before it has computed anything.
     context = multiprocessing.get_context("forkserver")
@@ -76,26 +74,28 @@ def _train_pair(name: str, precision: str, steps: int, progress: Progress) -> tu
         process.start()
         theirs.close()
         pair.append((mine, process, bar))
+    results: dict[bool, Result] = {}
+    turns = -(-steps // BLOCK)
     try:
-        for turn in range(-(-steps // BLOCK)):
+        for turn in range(turns):
             # Whoever went second goes first next time: a machine that slows down slows both.
-            for connection, _, bar in pair if turn % 2 else reversed(pair):
+            for fused in (False, True) if turn % 2 else (True, False):
+                connection, process, bar = pair[fused]
                 if turn == 0:
                     _receive(connection)
                 progress.update(bar, loss="compiling" if turn == 0 else "training")
                 connection.send("go")
-                if turn < -(-steps // BLOCK) - 1:
-                    progress.update(bar, completed=_receive(connection))
-        results = []
-        for connection, process, bar in pair:
-            result = _receive(connection)
-            process.join()
-            progress.update(bar, completed=steps, loss=f"validation loss {result.validation_loss:.3f}")
-            results.append(result)
+                answer = _receive(connection)
+                if turn < turns - 1:
+                    progress.update(bar, completed=answer)
+                else:
+                    process.join()
+                    results[fused] = answer
+                    progress.update(bar, completed=steps, loss=f"validation loss {answer.validation_loss:.3f}")
     finally:
         for _, process, _ in pair:
-            process.terminate()
-    return results[0], results[1]
+            process.kill()
+    return results[False], results[True]
 
 
 def _run(*arguments: Any) -> None:
@@ -145,7 +145,7 @@ def _swapped(result: Result) -> str:
     return f"swapped {listing}" if listing else "nothing to swap"
 
 
-def _table(runs: dict[str, tuple[Result, Result]], precision: str) -> Table:
+def _table(runs: dict[str, tuple[Result, Result]], precision: Precision) -> Table:
     table = Table(
         title=f"One training run each, {precision}, {torch.get_num_threads()} CPU threads",
         caption="Step time: forward, backward and optimizer, median, the two runs in turns; its ratio is the median of "
@@ -171,7 +171,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
 
 
-def _plot(runs: dict[str, tuple[Result, Result]], precision: str, path: Path) -> None:
+def _plot(runs: dict[str, tuple[Result, Result]], precision: Precision, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")  # no display needed
@@ -188,7 +188,7 @@ def _plot(runs: dict[str, tuple[Result, Result]], precision: str, path: Path) ->
     pyplot.close(figure)
 
 
-def _records(name: str, pair: tuple[Result, Result], precision: str) -> list[Record]:
+def _records(name: str, pair: tuple[Result, Result], precision: Precision) -> list[Record]:
     task = TASKS[name]
     found = []
     for provider, result in zip(("vanilla", "braze"), pair, strict=True):

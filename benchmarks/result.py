@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 
 #: Steps between two turns. The first block compiles and warms up, so no figure comes from it.
 BLOCK = 5

@@ -26,20 +26,19 @@ from torch.utils.data import DataLoader
 
 from braze.lightning_ext import FusedPrecision
 
-from .result import BLOCK, PROFILED, Result
+from .result import BLOCK, PROFILED, Precision, Result
 from .tasks import TASKS
 
 
-def run(connection: Connection, task: str, precision: str, fused: bool, steps: int) -> None:
+def run(connection: Connection, task: str, precision: Precision, fused: bool, steps: int) -> None:
     """Train, then send the :class:`Result`; a string instead is a traceback."""
     try:
         connection.send(_train(connection, task, precision, fused, steps))
-    except BaseException:
+    except Exception:
         connection.send(traceback.format_exc())
-        raise
 
 
-def _train(connection: Connection, name: str, precision: str, fused: bool, steps: int) -> Result:
+def _train(connection: Connection, name: str, precision: Precision, fused: bool, steps: int) -> Result:
     warnings.simplefilter("ignore")  # Lightning's advice about workers and loggers would tear up the progress bars
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     task = TASKS[name]
@@ -49,12 +48,12 @@ def _train(connection: Connection, name: str, precision: str, fused: bool, steps
     train = DataLoader(train_data, task.batch, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(0))
     validation = DataLoader(validation_data, task.batch, drop_last=True)
     clock = _Turns(connection, steps)
-    plugin = FusedPrecision(precision) if fused else None  # type: ignore[arg-type]
+    plugin = FusedPrecision(precision) if fused else None
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
         plugins=[plugin] if plugin else None,
-        precision=None if plugin else precision,  # type: ignore[arg-type]
+        precision=None if plugin else precision,
         max_steps=steps,
         max_epochs=-1,
         limit_val_batches=20,
