@@ -44,6 +44,13 @@ class Traffic(NamedTuple):
     backward: int
 
 
+class Excess(NamedTuple):
+    """The most that a pass moves, in units of its :class:`Traffic`, and why it is more than 1."""
+
+    ratio: float
+    reason: str
+
+
 class Draw:
     """Draws tensors of one dtype, layout and value regime; everything follows from ``seed``."""
 
@@ -142,6 +149,11 @@ class Op:
     aten: Callable[..., Any]
     #: Invalid calls and the message each must get.
     errors: Callable[[], Iterable[ErrorInput]]
+    #: Sizes at which the kernels are audited; empty is ``bench``. Bytes are counted at the first: large enough that what
+    #: each program moves once does not show, small enough for the interpreter (about 1 ms a tile).
+    audit: Sequence[Dims] = ()
+    #: By pass, "forward" or "backward", where the kernels move more than 1.02 times the least bytes.
+    excess: Mapping[str, Excess] = field(default_factory=dict)
     #: Named option sets for ``inputs``: one for each branch of the kernels worth its own test.
     variants: Mapping[str, Options] = field(default_factory=lambda: {"default": {}})
     #: The module class that wraps ``fn``.

@@ -1,0 +1,96 @@
+"""What is audited: every operator, at the sizes and in the variants that it names, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .. import OPS, dispatch
+from ..op import Dims, Draw, Op
+
+#: Traffic depends on how many programs share a tensor; it is counted for the multiprocessors of an H100.
+MULTIPROCESSORS = 132
+
+
+class Case(NamedTuple):
+    """One call of one operator."""
+
+    op: Op
+    variant: str
+    dtype: torch.dtype
+    dims: Dims
+
+    def facts(self) -> dict[str, Any]:
+        """The fields that say what a record is about."""
+        return {
+            "op": self.op.name,
+            "provider": "triton",
+            "variant": self.variant,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": dict(self.dims),
+        }
+
+
+def cases(quick: bool, first_size_only: bool) -> Iterator[Case]:
+    """Every variant × size × dtype; ``quick``: each variant at the first size and each size plainly, in bfloat16."""
+    for op in OPS:
+        if "triton" not in op.impls:
+            continue
+        plain = next(iter(op.variants))
+        sizes = (op.audit or op.bench)[: 1 if first_size_only else None]
+        for size in sizes:
+            for variant in op.variants:
+                for dtype in (torch.bfloat16, torch.float32):
+                    apart = (size is not sizes[0]) + (variant != plain) + (dtype != torch.bfloat16)
+                    if apart < 2 or not quick:
+                        yield Case(op, variant, dtype, size)
+
+
+def passes(case: Case, draw: Draw) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The two passes of a call, to be run in this order; both see contiguous tensors."""
+    args, kwargs = case.op.inputs(draw, **case.dims, **case.op.variants[case.variant])
+    outputs: list[Tensor] = []
+    yield "forward", lambda: outputs.extend(t for t in tree_leaves(case.op.fn(*args, **kwargs)) if t.requires_grad)
+    wanted = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    cotangents = [torch.ones_like(t, memory_format=torch.contiguous_format) for t in outputs]
+    yield "backward", lambda: torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
+
+
+class Shapes(Draw):
+    """Draws tensors that have a shape and no memory."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(0, dtype, "meta")
+
+    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:  # noqa: D102 - as in Draw
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta", requires_grad=True)
+
+    weight = tensor
+
+    def constant(self, *shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:  # noqa: D102 - as in Draw
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:  # noqa: D102 - as in Draw
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+
+    def booleans(self, *shape: int, probability: float = 0.5) -> Tensor:  # noqa: D102 - as in Draw
+        return torch.empty(shape, dtype=torch.bool, device="meta")
+
+
+@contextmanager
+def everything_in_triton() -> Iterator[None]:
+    """Run the kernels even where an operator would avoid them: on meta tensors, and under a dispatch mode."""
+    from ..triton import launch
+
+    choice = dispatch.Choice("triton", "audited")
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dispatch, "choose", lambda op, tensors: choice))
+        stack.enter_context(mock.patch.object(launch, "interpreted_multiprocessors", MULTIPROCESSORS))
+        stack.enter_context(mock.patch.object(launch, "_multiprocessors", lambda device: MULTIPROCESSORS))
+        yield

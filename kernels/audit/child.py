@@ -1,0 +1,42 @@
+"""Running the auditing process from another one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+
+def audit(
+    what: Literal["traffic", "code"], *, quick: bool, progress: Callable[[int, int], None] = lambda done, calls: None
+) -> list[dict[str, Any]]:
+    """Every record of an audit; ``progress(done, calls)`` is called as they come.
+
+    Raises:
+        RuntimeError: if a kernel does not run or compile, with what the auditing process said.
+    """
+    arguments = ["-m", "braze.kernels.audit", what, *(["--quick"] if quick else [])]
+    records = []
+    with _python(arguments, interpret=what == "traffic") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        calls = json.loads(process.stdout.readline() or "{}").get("calls", 0)
+        for line in process.stdout:
+            record = json.loads(line)
+            progress(record.pop("call"), calls)
+            records.append(record)
+        errors = process.stderr.read()
+    if process.returncode:
+        raise RuntimeError(f"the audit of {what} failed:\n{errors}")
+    progress(calls, calls)
+    return records
+
+
+def _python(arguments: Sequence[str], *, interpret: bool) -> subprocess.Popen[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"}
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
