@@ -123,8 +123,7 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, _Accesses]:
     if usage is None:
         raise RuntimeError(f"cuobjdump named no resource usage; it printed:\n{text[:500]}")
     accesses = [
-        (kind == "LDG", _nvidia_width(modifiers))
-        for kind, modifiers in re.findall(r"\b(LDG|STG)((?:\.\w+)+)", text)
+        (kind == "LDG", _nvidia_width(modifiers)) for kind, modifiers in re.findall(r"\b(LDG|STG)((?:\.\w+)+)", text)
     ]
     return int(usage[1]), int(usage[2]) + int(usage[3]), accesses
 

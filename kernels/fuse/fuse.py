@@ -146,9 +146,7 @@ def _examine(joint_type: type[Joint], module: nn.Module, root: nn.Module) -> Out
     return _attempt(joint_type, module, root, None)
 
 
-def _attempt(
-    joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes: dict[int, int] | None
-) -> Outcome:
+def _attempt(joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes: dict[int, int] | None) -> Outcome:
     joint = None
     try:
         sample = Sample(module, root, sizes)

@@ -206,7 +206,9 @@ def _promotes(module: nn.Module) -> bool:
     wide = copy.deepcopy(module).float()
     width = next(wide.parameters()).shape[0]
     try:
-        y = own_forward(wide)(wide, torch.ones(1, 2, width, dtype=torch.bfloat16, device=next(wide.parameters()).device))
+        y = own_forward(wide)(
+            wide, torch.ones(1, 2, width, dtype=torch.bfloat16, device=next(wide.parameters()).device)
+        )
     except Exception:
         return False
     return bool(y.dtype == torch.float32)
