@@ -42,7 +42,7 @@ def source_text(length: int) -> tuple[ByteWindows, ByteWindows]:
 
 
 def digits(size: int) -> tuple[TensorDataset, TensorDataset]:
-    """(train, validation): 1,797 images of handwritten digits, 8 by 8, enlarged to [3, size, size], and their labels."""
+    """(train, validation): 1,797 handwritten digits, 8 by 8, enlarged to [3, size, size], and their labels."""
     from sklearn.datasets import load_digits
 
     drawn = load_digits()

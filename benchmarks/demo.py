@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import training
-from .models import TASKS, Task
 from .records import Record
-from .training import BLOCK, Result
+from .result import BLOCK, PROFILED, Precision, Result
+from .tasks import TASKS, Task
 
 #: Steps whose mean is "the final train loss".
 LAST = 10
@@ -26,8 +26,10 @@ LAST = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what only this command takes."""
-    parser.add_argument("--precision", choices=["32-true", "bf16-mixed", "bf16-true"], help="default: what suits the CPU")
-    parser.add_argument("--models", nargs="+", choices=TASKS, default=list(TASKS), metavar="MODEL", help=", ".join(TASKS))
+    parser.add_argument("--precision", choices=get_args(Precision), help="default: what suits the CPU")
+    parser.add_argument(
+        "--models", nargs="+", choices=TASKS, default=list(TASKS), metavar="MODEL", help=", ".join(TASKS)
+    )
     parser.add_argument("--plot", type=Path, default=Path("demo.png"), metavar="FILE", help="where the loss curves go")
 
 
@@ -35,11 +37,14 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     """Train everything, print the table, draw the curves, and return one record for each run."""
     precision = arguments.precision or _suitable_precision()
     console = Console()
+    # The profiler's notes, on GPUs that are not there and memory from before its time, would tear up the progress bars.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     runs: dict[str, tuple[Result, Result]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress:
         for name in arguments.models:
-            steps = TASKS[name].steps // 4 if arguments.quick else TASKS[name].steps
+            steps = TASKS[name].steps // 5 if arguments.quick else TASKS[name].steps
             runs[name] = _train_pair(name, precision, steps, progress)
     console.print(_table(runs, precision))
     _plot(runs, precision, arguments.plot)
@@ -47,7 +52,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     return [record for name, pair in runs.items() for record in _records(name, pair, precision)]
 
 
-def _suitable_precision() -> str:
+def _suitable_precision() -> Precision:
     """Mixed precision where the CPU multiplies bfloat16 in hardware; elsewhere that is slower than float32.
 
     On an AMD EPYC with AVX512-BF16, two cores, a step of the Llama took 116 ms for 178 in float32.
@@ -56,37 +61,47 @@ def _suitable_precision() -> str:
     return "bf16-mixed" if flags.exists() and "avx512_bf16" in flags.read_text() else "32-true"
 
 
-def _train_pair(name: str, precision: str, steps: int, progress: Progress) -> tuple[Result, Result]:
+def _train_pair(name: str, precision: Precision, steps: int, progress: Progress) -> tuple[Result, Result]:
     """Train vanilla and fused in a process each, in turns of ``BLOCK`` steps, so that they meet the same noise."""
-    context = multiprocessing.get_context("spawn")
+    # One process imports Lightning, and the runs are forked from it before it has computed anything.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["braze.benchmarks.training", "transformers.models.llama.modeling_llama"])
     pair = []
     for label, fused in (("vanilla", False), ("fused", True)):
         bar = progress.add_task(f"{TASKS[name].title} · {label}", total=steps, loss="starting")
         mine, theirs = context.Pipe()
-        process = context.Process(target=training.run, args=(theirs, name, precision, fused, steps), daemon=True)
+        process = context.Process(target=_run, args=(theirs, name, precision, fused, steps), daemon=True)
         process.start()
         theirs.close()
         pair.append((mine, process, bar))
+    results: dict[bool, Result] = {}
+    turns = -(-steps // BLOCK)
     try:
-        for turn in range(-(-steps // BLOCK)):
+        for turn in range(turns):
             # Whoever went second goes first next time: a machine that slows down slows both.
-            for connection, _, bar in pair if turn % 2 else reversed(pair):
+            for fused in (False, True) if turn % 2 else (True, False):
+                connection, process, bar = pair[fused]
                 if turn == 0:
                     _receive(connection)
                 progress.update(bar, loss="compiling" if turn == 0 else "training")
                 connection.send("go")
-                if turn < -(-steps // BLOCK) - 1:
-                    progress.update(bar, completed=_receive(connection))
-        results = []
-        for connection, process, bar in pair:
-            result = _receive(connection)
-            process.join()
-            progress.update(bar, completed=steps, loss=f"validation loss {result.validation_loss:.3f}")
-            results.append(result)
+                answer = _receive(connection)
+                if turn < turns - 1:
+                    progress.update(bar, completed=answer)
+                else:
+                    process.join()
+                    results[fused] = answer
+                    progress.update(bar, completed=steps, loss=f"validation loss {answer.validation_loss:.3f}")
     finally:
         for _, process, _ in pair:
-            process.terminate()
-    return results[0], results[1]
+            process.kill()
+    return results[False], results[True]
+
+
+def _run(*arguments: Any) -> None:
+    from . import training
+
+    training.run(*arguments)
 
 
 def _receive(connection: Connection) -> Any:
@@ -100,16 +115,14 @@ def _receive(connection: Connection) -> Any:
 
 
 def _steady(result: Result) -> list[float]:
-    """Step seconds without the warm-up block and the last step, which runs under the profiler."""
-    return result.seconds[BLOCK:-1]
+    """Step seconds without the warm-up block and without the steps under the profiler."""
+    return result.seconds[BLOCK:-PROFILED]
 
 
 def _paired_ratio(vanilla: Result, fused: Result) -> float:
     """The median over the turns of fused ÷ vanilla step time."""
     blocks = range(0, len(_steady(vanilla)), BLOCK)
-    return median(
-        median(_steady(fused)[i : i + BLOCK]) / median(_steady(vanilla)[i : i + BLOCK]) for i in blocks
-    )
+    return median(median(_steady(fused)[i : i + BLOCK]) / median(_steady(vanilla)[i : i + BLOCK]) for i in blocks)
 
 
 def _figures(task: Task, result: Result) -> dict[str, float]:
@@ -117,40 +130,39 @@ def _figures(task: Task, result: Result) -> dict[str, float]:
     return {
         "step, ms": step * 1e3,
         f"{task.unit}/s": task.batch * task.items / step,
-        "peak tensor memory of a step, MiB": result.tensor_bytes / 2**20,
+        "peak tensor memory, MiB": result.tensor_bytes / 2**20,
         "peak process memory, MiB": result.process_bytes / 2**20,
-        "before the first steady step, s": result.set_up + sum(result.seconds[:BLOCK]) - BLOCK * step,
+        "start to first step done, s": result.set_up + result.seconds[0],
         "final train loss": fmean(result.losses[-LAST:]),
         "final validation loss": result.validation_loss,
     }
 
 
 def _swapped(result: Result) -> str:
-    """"9 LlamaRMSNorm, 1 CrossEntropyLoss" """
+    """Such as "swapped 9 LlamaRMSNorm, 1 CrossEntropyLoss"."""
     counts = Counter(was for was, status, _ in result.report if status == "swapped")
-    return ", ".join(f"{count} {was}" for was, count in counts.most_common()) or "nothing: no module has a fused form"
+    listing = ", ".join(f"{count} {was}" for was, count in counts.most_common())
+    return f"swapped {listing}" if listing else "nothing to swap"
 
 
-def _table(runs: dict[str, tuple[Result, Result]], precision: str) -> Table:
+def _table(runs: dict[str, tuple[Result, Result]], precision: Precision) -> Table:
     table = Table(
         title=f"One training run each, {precision}, {torch.get_num_threads()} CPU threads",
         caption="Step time: forward, backward and optimizer, median, the two runs in turns; its ratio is the median of "
-        "the turns' ratios. Tensor memory: parameters, gradients, optimizer state and what the step allocates. "
-        "Process memory also holds the libraries and, fused, the compiler.",
+        "the turns' ratios. Tensor memory: parameters, gradients, optimizer state and what one step allocates. Process "
+        "memory also holds the libraries and, fused, the compiler. The start: set-up, checks of the "
+        "swaps, two validation batches, compilation.",
     )
-    table.add_column("model")
     table.add_column("")
     for heading in ("vanilla", "fused", "fused ÷ vanilla"):
         table.add_column(heading, justify="right")
     for name, (vanilla, fused) in runs.items():
         task = TASKS[name]
-        table.add_row(task.title, "swapped", "–", _swapped(fused), "")
+        table.add_row(f"[bold]{task.title}", "", _swapped(fused), "")
         after = _figures(task, fused)
         for figure, before in _figures(task, vanilla).items():
-            ratio = after[figure] / before
-            if figure.startswith("step"):
-                ratio = _paired_ratio(vanilla, fused)
-            table.add_row("", figure, _number(before), _number(after[figure]), f"{ratio:.3f}")
+            ratio = _paired_ratio(vanilla, fused) if figure == "step, ms" else after[figure] / before
+            table.add_row(f"  {figure}", _number(before), _number(after[figure]), f"{ratio:.3f}")
         table.add_section()
     return table
 
@@ -159,7 +171,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
 
 
-def _plot(runs: dict[str, tuple[Result, Result]], precision: str, path: Path) -> None:
+def _plot(runs: dict[str, tuple[Result, Result]], precision: Precision, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")  # no display needed
@@ -176,7 +188,7 @@ def _plot(runs: dict[str, tuple[Result, Result]], precision: str, path: Path) ->
     pyplot.close(figure)
 
 
-def _records(name: str, pair: tuple[Result, Result], precision: str) -> list[Record]:
+def _records(name: str, pair: tuple[Result, Result], precision: Precision) -> list[Record]:
     task = TASKS[name]
     found = []
     for provider, result in zip(("vanilla", "braze"), pair, strict=True):

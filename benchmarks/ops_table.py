@@ -13,7 +13,7 @@ Record = dict[str, Any]
 PROVIDERS = ("aten", "compiled", "braze")
 SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
 #: Wide enough for a table row on one line, where there is no terminal to ask.
-FILE_WIDTH = 170
+FILE_WIDTH = 190
 
 
 def show(records: Sequence[Record], console: Console | None = None) -> None:

@@ -15,7 +15,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,61 +26,38 @@ from torch.utils.data import DataLoader
 
 from braze.lightning_ext import FusedPrecision
 
-from .models import TASKS
-
-#: Steps between two turns. The first block compiles and warms up, so no figure comes from it.
-BLOCK = 5
+from .result import BLOCK, PROFILED, Precision, Result
+from .tasks import TASKS
 
 
-@dataclass
-class Result:
-    """What one run found."""
-
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    #: From ``fit`` to the first step: set-up, and the check of every swap, and two validation batches.
-    set_up: float = 0.0
-    validation_loss: float = float("nan")
-    #: The most bytes that tensors held at one time in a training step.
-    tensor_bytes: int = 0
-    #: The most memory that the process held at any time, libraries and compiler included.
-    process_bytes: int = 0
-    #: (class, status, reason) of every module that the report names.
-    report: list[tuple[str, str, str]] = field(default_factory=list)
-
-
-def run(connection: Connection, task: str, precision: str, fused: bool, steps: int) -> None:
+def run(connection: Connection, task: str, precision: Precision, fused: bool, steps: int) -> None:
     """Train, then send the :class:`Result`; a string instead is a traceback."""
     try:
         connection.send(_train(connection, task, precision, fused, steps))
-    except BaseException:
+    except Exception:
         connection.send(traceback.format_exc())
-        raise
 
 
-def _train(connection: Connection, name: str, precision: str, fused: bool, steps: int) -> Result:
+def _train(connection: Connection, name: str, precision: Precision, fused: bool, steps: int) -> Result:
     warnings.simplefilter("ignore")  # Lightning's advice about workers and loggers would tear up the progress bars
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     task = TASKS[name]
     L.seed_everything(0, verbose=False)
     model = task.build()
     train_data, validation_data = task.data()
-    train = DataLoader(
-        train_data, task.batch, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(0)
-    )
-    # A fixed, modest part of the held-out data: the demo is short.
+    train = DataLoader(train_data, task.batch, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(0))
     validation = DataLoader(validation_data, task.batch, drop_last=True)
     clock = _Turns(connection, steps)
-    plugin = FusedPrecision(precision) if fused else None  # type: ignore[arg-type]
+    plugin = FusedPrecision(precision) if fused else None
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
         plugins=[plugin] if plugin else None,
-        precision=None if plugin else precision,  # type: ignore[arg-type]
+        precision=None if plugin else precision,
         max_steps=steps,
         max_epochs=-1,
         limit_val_batches=20,
-        # Validation is compiled before the first step, where the time is counted as set-up.
+        num_sanity_val_steps=2,  # compiles validation before the first step, where its time is counted as set-up
         val_check_interval=steps,
         check_val_every_n_epoch=None,
         callbacks=[clock],
@@ -94,14 +70,16 @@ def _train(connection: Connection, name: str, precision: str, fused: bool, steps
     trainer.fit(model, train, validation)
     result = clock.result
     result.validation_loss = float(trainer.callback_metrics["validation_loss"])
-    result.process_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    result.process_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     if plugin:
         result.report = [(record.was, record.status, record.reason) for record in plugin.report]
     return result
 
 
 class _Turns(L.Callback):
-    """Waits for the turn before every block, times every step, and measures the memory of the last one."""
+    """Waits for the turn before every block, times every step, and measures the memory of the last two."""
 
     def __init__(self, connection: Connection, steps: int) -> None:
         self.connection, self.steps = connection, steps
@@ -116,7 +94,10 @@ class _Turns(L.Callback):
         if done % BLOCK == 0:
             self.connection.send(done)
             self.connection.recv()
-        if done == self.steps - 1:
+        if done == self.steps - PROFILED:
+            # The profiler does not see the release of what it did not see allocated, and the step would release these.
+            for optimizer in trainer.optimizers:
+                optimizer.zero_grad()
             self.result.tensor_bytes = _held(model, trainer.optimizers)
             self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self.profiler.start()
@@ -127,14 +108,14 @@ class _Turns(L.Callback):
     ) -> None:
         self.result.seconds.append(time.perf_counter() - self.mark)
         self.result.losses.append(float(outputs["loss"]))
-        if self.profiler:
+        if self.profiler and len(self.result.seconds) == self.steps:
             self.profiler.stop()
             self.result.tensor_bytes += _most_allocated(self.profiler)
 
 
 def _held(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Bytes of parameters, gradients, buffers and optimizer state."""
-    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    """Bytes of parameters, buffers and optimizer state."""
+    tensors = [*model.parameters(), *model.buffers()]
     for optimizer in optimizers:
         for state in optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]

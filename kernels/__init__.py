@@ -1,6 +1,9 @@
 """Fused operators for PyTorch: Triton on the GPU, compiled on the CPU, plain PyTorch everywhere else."""
 
 from .dispatch import use_backend as use_backend
+from .fuse import FusionReport as FusionReport
+from .fuse import fuse as fuse
+from .fuse import unfuse as unfuse
 from .ops.cross_entropy import CROSS_ENTROPY
 from .ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from .ops.cross_entropy import cross_entropy as cross_entropy
@@ -16,8 +19,10 @@ from .ops.rms_norm import ADD_RMS_NORM, RMS_NORM
 from .ops.rms_norm import RMSNorm as RMSNorm
 from .ops.rms_norm import add_rms_norm as add_rms_norm
 from .ops.rms_norm import rms_norm as rms_norm
+from .ops.rope import ROPE
+from .ops.rope import rope as rope
 from .ops.softmax import SOFTMAX
 from .ops.softmax import Softmax as Softmax
 from .ops.softmax import softmax as softmax
 
-OPS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU_OP, PACKED_GLU, SOFTMAX, CROSS_ENTROPY)
+OPS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU_OP, PACKED_GLU, ROPE, SOFTMAX, CROSS_ENTROPY)

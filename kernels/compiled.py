@@ -25,14 +25,14 @@ def compiled(reference: types.FunctionType) -> Callable[..., Any]:
     """The compiled form of ``reference``: the same arguments, results and derivatives."""
 
     def forward(*tensors: Tensor | None, **options: Any) -> tuple[Any, Sequence[Tensor | None]]:
-        return _specialization(reference, _kind(tensors, options))(*tensors, **options), tensors
+        return _specialization(reference, _kind(tensors, options))(*_detached(tensors), **options), tensors
 
     def backward(
         grads: Sequence[Tensor], saved: Sequence[Tensor | None], needs: Sequence[bool], **options: Any
     ) -> Gradients:
         kind = (*_kind(grads, {}), *_kind(saved, options), *needs)
         with torch.no_grad():
-            return _specialization(pullback, kind)(tuple(grads), tuple(saved), tuple(needs), options)
+            return _specialization(pullback, kind)(_detached(grads), _detached(saved), tuple(needs), options)
 
     def pullback(
         grads: tuple[Tensor, ...], saved: tuple[Tensor | None, ...], needs: tuple[bool, ...], options: dict[str, Any]
@@ -50,6 +50,11 @@ def compiled(reference: types.FunctionType) -> Callable[..., Any]:
         return fused(forward, backward, vjp(reference), tensors, options)
 
     return run
+
+
+def _detached(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The tensors without their history: Dynamo looks at .grad, which warns where a tensor is not a leaf."""
+    return tuple(None if t is None else t.detach() for t in tensors)
 
 
 def _kind(tensors: Sequence[Tensor | None], options: dict[str, Any]) -> tuple[Any, ...]:

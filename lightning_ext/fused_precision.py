@@ -52,8 +52,8 @@ class FusedPrecision(FSDPPrecision):
         unified = "32-true" if precision in (32, "32") else precision
         if unified not in PRECISIONS:
             raise ValueError(
-                f"FusedPrecision: precision must be one of {', '.join(map(repr, PRECISIONS))} or 32, got {precision!r}; "
-                "bfloat16 needs no loss scaling, so use it in the place of float16"
+                f"FusedPrecision: precision must be one of {', '.join(map(repr, PRECISIONS))} or 32, "
+                f"got {precision!r}; bfloat16 needs no loss scaling, so use it in the place of float16"
             )
         if fuse not in ("auto", "off"):
             raise ValueError(f"FusedPrecision: fuse must be 'auto' or 'off', got {fuse!r}")
@@ -88,7 +88,7 @@ class FusedPrecision(FSDPPrecision):
         return super().connect(model, optimizers, lr_schedulers)
 
     def clip_grad_by_norm(self, *args: Any, **options: Any) -> None:
-        """Clip by the norm of all gradients; a rank of a fully sharded model holds too little of it, and that raises."""
+        """Clip by the norm of all gradients, of which one rank of a fully sharded model holds too few: that raises."""
         if self._sharded:
             super().clip_grad_by_norm(*args, **options)
         Precision.clip_grad_by_norm(self, *args, **options)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor
 
-from braze.kernels import CrossEntropyLoss, cross_entropy, softmax, use_backend
+from braze.kernels import GLU, CrossEntropyLoss, cross_entropy, glu, packed_glu, rope, softmax, use_backend
 
 BACKENDS = ["eager", "triton"]
 
@@ -155,3 +155,122 @@ def test_a_target_out_of_range_is_nan_on_the_device(device: str) -> None:
 def test_class_probabilities_are_those_of_torch() -> None:
     x, target = torch.randn(3, 10), torch.rand(3, 10)
     torch.testing.assert_close(cross_entropy(x, target), F.cross_entropy(x, target), rtol=0, atol=0)
+
+
+def _angles(*shape: int, device: str) -> Tensor:
+    """Angles [..., 2 · pairs], those of a pair the same."""
+    angles = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 6.28
+    return torch.cat((angles, angles), -1).to(device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pairs", [1, 5, 32], ids=["one pair", "partial", "all of the head"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_a_rotation_keeps_lengths_and_its_inverse_undoes_it(
+    backend: str, pairs: int, interleaved: bool, device: str
+) -> None:
+    x = torch.randn(2, 3, 7, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    angles = _angles(7, pairs, device=device)
+    if interleaved:
+        angles = angles.unflatten(-1, (2, pairs)).mT.flatten(-2)
+    cos, sin = angles.cos(), angles.sin()
+    with use_backend(backend):
+        y = rope(x, cos, sin, interleaved=interleaved)
+        back = rope(y, cos, -sin, interleaved=interleaved)
+    assert not torch.equal(y[..., : 2 * pairs], x[..., : 2 * pairs])
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(y[..., 2 * pairs :], x[..., 2 * pairs :], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rotated_dot_products_depend_on_the_distance_alone(backend: str, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 16, generator=generator).expand(9, 16).to(device) for _ in range(2))
+    angles = torch.arange(9.0, device=device)[:, None] * _angles(8, device=device)
+    with use_backend(backend):
+        q, k = (rope(t, angles.cos(), angles.sin()) for t in (q, k))
+    scores = q @ k.mT
+    torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=1e-4, atol=1e-4)
+
+
+ROPE_LAYOUTS = {
+    "heads transposed, a slice of packed qkv": lambda x: (
+        torch.cat((x, x), 1).transpose(1, 2).contiguous().transpose(1, 2)[:, : x.shape[1]]
+    ),
+    "tokens in reverse memory order": lambda x: x.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3),
+    "elements apart": lambda x: torch.stack((x, x), -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ROPE_LAYOUTS.values(), ids=ROPE_LAYOUTS)
+@pytest.mark.parametrize(
+    "table", [(6,), (5, 6), (3, 1, 6), (2, 1, 5, 6), (2, 3, 1, 6), (2, 3, 5, 6)], ids=lambda shape: str(list(shape))
+)
+def test_rope_broadcasts_over_any_dims_and_strides(backend: str, layout, table: tuple[int, ...], device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (layout(torch.randn(2, 3, 5, 8, generator=generator).to(device)) for _ in range(2))
+    cos, sin = (torch.randn(table, generator=generator).to(device) for _ in range(2))
+    x.requires_grad_()
+    with use_backend(backend):
+        y = rope(x, cos, sin)
+        (dx,) = torch.autograd.grad(y, x, dy)
+    a, b = x.detach()[..., :3], x.detach()[..., 3:6]
+    turned = torch.cat((a * cos[..., :3] - b * sin[..., :3], b * cos[..., 3:] + a * sin[..., 3:]), -1)
+    torch.testing.assert_close(y[..., :6], turned)
+    # The gradient of a linear map is its adjoint: ⟨dy, y⟩ = ⟨dx, x⟩ for every x, also on each token alone.
+    torch.testing.assert_close((dy * y).sum(-1), (dx * x).sum(-1))
+
+
+def test_rope_keeps_the_order_of_dims_in_memory(device: str) -> None:
+    x = torch.randn(2, 5, 3, 8, device=device).transpose(1, 2)
+    with use_backend("triton"):
+        assert rope(x, torch.ones(5, 8, device=device), torch.zeros(5, 8, device=device)).stride() == x.stride()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rope_of_six_dims_with_tables_along_every_other(backend: str, device: str) -> None:
+    """More dims than two strides can describe."""
+    x, cos, sin = torch.randn(2, 3, 2, 3, 2, 4), torch.randn(2, 1, 2, 1, 2, 4), torch.randn(2, 1, 2, 1, 2, 4)
+    with use_backend(backend):
+        y = rope(x.to(device), cos.to(device), sin.to(device))
+    turned = x * cos + torch.cat((-x[..., 2:], x[..., :2]), -1) * sin
+    torch.testing.assert_close(y, turned.to(device))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rope_has_a_gradient_for_its_tables(backend: str, device: str) -> None:
+    x, cos, sin = (torch.randn(5, 4, device=device, requires_grad=True) for _ in range(3))
+    with use_backend(backend):
+        dcos, dsin = torch.autograd.grad(rope(x, cos, sin).sum(), (cos, sin))
+    torch.testing.assert_close(dcos, x.detach())
+    torch.testing.assert_close(dsin, torch.cat((-x[..., 2:], x[..., :2]), -1).detach())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "sigmoid"])
+def test_packed_glu_is_glu_of_the_halves(backend: str, activation: str, device: str) -> None:
+    x = torch.randn(5, 2 * 33, device=device, requires_grad=True)
+    dy = torch.randn(5, 33, device=device)
+    gate, up = x.chunk(2, -1)
+    with use_backend(backend):
+        packed, apart = packed_glu(x, activation=activation), glu(gate, up, activation=activation)
+        swapped = packed_glu(torch.cat((up, gate), -1), activation=activation, gate_first=False)
+        for other in (apart, swapped):
+            torch.testing.assert_close(packed, other, rtol=0, atol=0)
+            (dx,) = torch.autograd.grad(packed, x, dy, retain_graph=True)
+            torch.testing.assert_close(dx, torch.autograd.grad(other, x, dy, retain_graph=True)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_glu_module_is_that_of_torch(backend: str, dim: int, device: str) -> None:
+    theirs, ours, changed = torch.nn.GLU(dim), GLU(dim), torch.nn.GLU(dim)
+    changed.__class__ = GLU
+    for x in (torch.randn(4, 6, 8, device=device), torch.randn(8, 6, 4, device=device).permute(2, 1, 0)):
+        with use_backend(backend):
+            torch.testing.assert_close(ours(x), theirs(x))
+            torch.testing.assert_close(changed(x), theirs(x))
+    with pytest.raises(ValueError, match="even size at dim"):
+        ours(torch.randn(3, 3, 3, device=device))

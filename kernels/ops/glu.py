@@ -8,7 +8,7 @@ Networks (2017). Gelu is Hendrycks and Gimpel (2016): x·Φ(x), or its tanh appr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,15 +21,21 @@ from ..op import Call, Draw, ErrorInput, Op, Traffic
 
 
 def _gelu(x: Tensor) -> Tensor:
-    # Not F.gelu, whose vectorized CPU form gives NaN at +inf in float32, and inf in float64.
-    return x * (0.5 * (1.0 + torch.erf(x * 0.5**0.5)))
+    # F.gelu's vectorized CPU form gives NaN at +inf in float32; everywhere else, and in float64, it gives inf.
+    return torch.where(x == torch.inf, x, F.gelu(x))
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-_ACTIVATIONS = {"silu": F.silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu, "sigmoid": torch.sigmoid}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+}
 
 
 def reference(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
@@ -166,7 +172,8 @@ def _packed_triton(x: Tensor, **options: Any) -> Tensor:
 
 
 def _aten(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
-    return (F.gelu if activation == "gelu" else _ACTIVATIONS[activation])(gate) * up
+    activate = F.gelu if activation == "gelu" else _ACTIVATIONS[activation]
+    return activate(gate) * up
 
 
 def _packed_aten(x: Tensor, *, activation: str, gate_first: bool = True) -> Tensor:

@@ -28,26 +28,26 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _activation(g, ACTIVATION: tl.constexpr):
-    """act(g) and act'(g); NaN, and the NaN of 0·∞, come out where PyTorch has them."""
+def _activation(g, dout, ACTIVATION: tl.constexpr):
+    """act(g) and dout·act'(g); NaN, and the NaN of 0·∞, come out where PyTorch has them."""
     if ACTIVATION == "silu":
         s = _sigmoid(g)
-        return g * s, s * (1.0 + g * (1.0 - s))
+        return g * s, dout * (s * (1.0 + g * (1.0 - s)))
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.math.erf(g * 0.7071067811865476))
-        return g * cdf, cdf + g * (tl.exp(-0.5 * g * g) * 0.3989422804014327)
+        return g * cdf, dout * (cdf + g * (tl.exp(-0.5 * g * g) * 0.3989422804014327))
     elif ACTIVATION == "gelu_tanh":
-        # (1 + tanh z) / 2 = σ(2z), which keeps its relative accuracy where 1 + tanh z cancels; 2z = √(8/π)·(g + 0.044715 g³).
+        # (1 + tanh z) / 2 = σ(2z), which keeps its relative accuracy where 1 + tanh z cancels.
         s = _sigmoid(1.5957691216057308 * g * (1.0 + 0.044715 * g * g))
         slope = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
-        return g * s, s + g * (s * (1.0 - s)) * slope
+        return g * s, dout * (s + g * (s * (1.0 - s)) * slope)
     elif ACTIVATION == "relu":
-        positive = tl.where(g <= 0.0, 0.0, 1.0)
-        return tl.where(g <= 0.0, 0.0, g), positive
+        # Selected, not multiplied: 0, not NaN, where dout is infinite.
+        return tl.where(g <= 0.0, 0.0, g), tl.where(g <= 0.0, 0.0, dout)
     else:
         tl.static_assert(ACTIVATION == "sigmoid")
         s = _sigmoid(g)
-        return s, s * (1.0 - s)
+        return s, dout * (s * (1.0 - s))
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _forward(
     mask = (n < N) & (d < D)
     g = tl.load(gate + n * gate_stride + d, mask, other=0.0).to(tl.float32)
     u = tl.load(up + n * up_stride + d, mask, other=0.0).to(tl.float32)
-    activated, _ = _activation(g, ACTIVATION)
+    activated, _ = _activation(g, u, ACTIVATION)
     tl.store(y + n * D + d, (activated * u).to(y.dtype.element_ty), mask)
 
 
@@ -76,18 +76,19 @@ def _backward(
     mask = (n < N) & (d < D)
     dout = tl.load(dy + n * dy_stride + d, mask, other=0.0).to(tl.float32)
     g = tl.load(gate + n * gate_stride + d, mask, other=0.0).to(tl.float32)
-    activated, slope = _activation(g, ACTIVATION)
+    u = tl.load(up + n * up_stride + d, mask, other=0.0).to(tl.float32)
+    activated, pulled = _activation(g, dout * u, ACTIVATION)
+    if dgate is not None:
+        tl.store(dgate + n * gradient_stride + d, pulled.to(dgate.dtype.element_ty), mask)
     if dup is not None:
         tl.store(dup + n * gradient_stride + d, (dout * activated).to(dup.dtype.element_ty), mask)
-    if dgate is not None:
-        u = tl.load(up + n * up_stride + d, mask, other=0.0).to(tl.float32)
-        tl.store(dgate + n * gradient_stride + d, (dout * u * slope).to(dgate.dtype.element_ty), mask)
 
 
 def forward(gate, up, *, activation: str):
     """Return y, and what the backward pass needs: gate and up themselves."""
     y = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
-    _launch_forward(*_rows(gate, up), y, activation)
+    g, u = _rows(gate, up)
+    _launch_forward(g, u, y, activation)
     return y, (gate, up)
 
 
@@ -106,7 +107,8 @@ def backward(grads, saved, needs, *, activation: str):
 def packed_forward(x, *, activation: str, gate_first: bool):
     """Return y, and what the backward pass needs: x itself."""
     y = torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=x.dtype, device=x.device)
-    _launch_forward(*_halves(rows(x), gate_first), y, activation)
+    gate, up = _halves(rows(x), gate_first)
+    _launch_forward(gate, up, y, activation)
     return y, (x,)
 
 
@@ -114,8 +116,9 @@ def packed_backward(grads, saved, needs, *, activation: str, gate_first: bool):
     """Return the gradient of x, both halves written in place."""
     (x,) = saved
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    gradients = _halves(rows(dx), gate_first)
-    _launch_backward(rows(grads[0]), *_halves(rows(x), gate_first), *gradients, dx.shape[-1], activation)
+    gate, up = _halves(rows(x), gate_first)
+    dgate, dup = _halves(rows(dx), gate_first)
+    _launch_backward(rows(grads[0]), gate, up, dgate, dup, dx.shape[-1], activation)
     return (dx,)
 
 

@@ -28,7 +28,7 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 #: The size of the machine that the interpreter plays: so small that tests send every persistent loop round.
-interpreted_multiprocessors = 4
+interpreted_multiprocessors = 1
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -132,7 +132,7 @@ def _backward(
         r = tl.load(rstd + n, n < N, other=0.0)
         if CENTER:
             normed -= tl.load(mean + n, n < N, other=0.0)[:, None]
-        normed = tl.where(mask, normed * r[:, None], 0.0)
+        normed *= r[:, None]  # not zero outside the mask; every use multiplies it by g, which is
         if dw_partial is not None:
             dw += g * normed
         if db_partial is not None:

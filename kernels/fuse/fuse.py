@@ -1,0 +1,202 @@
+"""``fuse`` and ``unfuse``: walk a model, verify each kind of joint once, swap classes, undo."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Hashable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .gated_mlp import GatedMLP, small_sizes
+from .joint import Joint, fused_class, fusion
+from .losses import CrossEntropy, SoftmaxModule
+from .norms import Norm
+from .report import FusionReport, Record
+from .rotary import Rotary
+from .sample import Refused, Sample, quiet
+from .verify import Check, verify
+
+JOINTS: tuple[type[Joint], ...] = (Norm, GatedMLP, Rotary, CrossEntropy, SoftmaxModule)
+
+Choice = str | type[nn.Module]
+
+_PACKAGE = __name__.removesuffix(".fuse.fuse")
+
+
+class Outcome(NamedTuple):
+    """What examining one kind of module gave: a joint with its check, or a reason to leave it, or neither."""
+
+    joint: Joint | None
+    reason: str = ""
+    check: Check | None = None
+
+
+def fuse(model: nn.Module, *, skip: Iterable[Choice] = (), only: Iterable[Choice] | None = None) -> FusionReport:
+    """Find the joints of ``model`` that a fused operator can stand for, verify each, and swap, in place.
+
+    A swap changes the class of a module to a subclass of its own class: parameters, buffers, ``state_dict``, hooks,
+    ``isinstance``, ``copy.deepcopy`` and pickling stay as they were, and no other model is touched. A joint is swapped
+    only if its fused form, on drawn inputs, has at most twice the original's own error (and one rounding step) against
+    float64, in outputs and gradients; else it is left, and the report says why. If anything fails, nothing is changed.
+
+    Args:
+        model: any module; also one whose parts are fused already, on any device (also meta).
+        skip: what to leave alone: paths as in ``model.named_modules()``, with wildcards (a path means all below it
+            too), module classes, or operators ("rms_norm", "layer_norm", "glu", "rope", "cross_entropy", "softmax").
+        only: the same; if given, nothing else is touched.
+
+    Returns:
+        A report with one record for each joint; print it.
+
+    Raises:
+        TypeError: if model is no module, or an entry of skip or only is neither a string nor a module class.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+    skip, only = _choices("skip", skip), None if only is None else _choices("only", only)
+    records: list[Record] = []
+    swaps: list[tuple[nn.Module, type]] = []
+    known: dict[Hashable, Outcome] = {}
+    with quiet(model):
+        for path, module in model.named_modules():
+            if any(_matches(choice, path, module, None) for choice in skip):
+                continue
+            found = _look(module, model, known)
+            if found is None:
+                continue
+            status, operator, outcome = found
+            if any(_matches(choice, path, module, operator) for choice in skip):
+                continue
+            if only is not None and not any(_matches(choice, path, module, operator) for choice in only):
+                continue
+            records.append(Record(path, type(module).__name__, operator, status, outcome.reason, outcome.check))
+            if status == "fused" and outcome.joint is not None:
+                swaps.append((module, fused_class(type(module), outcome.joint)))
+    _swap(swaps)
+    return FusionReport(records)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every module that :func:`fuse` swapped its own class back.
+
+    Raises:
+        RuntimeError: if a fused module's class has been changed again since (as FSDP does); nothing is changed then.
+    """
+    swaps = []
+    for path, module in model.named_modules():
+        made = fusion(module)
+        if made is None:
+            continue
+        if type(module) is not fused_class(*made):
+            raise RuntimeError(
+                f"unfuse: the class of {path or 'the model'} must be the one that fuse gave it, got "
+                f"{type(module).__name__}, made from it; undo that change first"
+            )
+        swaps.append((module, made.original))
+    _swap(swaps)
+
+
+def _swap(swaps: list[tuple[nn.Module, type]]) -> None:
+    done: list[tuple[nn.Module, type]] = []
+    try:
+        for module, cls in swaps:
+            before = type(module)
+            module.__class__ = cls
+            done.append((module, before))
+    except BaseException:
+        for module, before in reversed(done):
+            module.__class__ = before
+        raise
+
+
+def _look(module: nn.Module, root: nn.Module, known: dict[Hashable, Outcome]) -> tuple[str, str, Outcome] | None:
+    """(status, operator, outcome), or None where there is no joint."""
+    made = fusion(module)
+    if made is not None:
+        return "already fused", made.joint.operator, Outcome(None)
+    if type(module).__module__.startswith(_PACKAGE + ".ops."):
+        return "already fused", "", Outcome(None, "a braze module")
+    for joint_type in JOINTS:
+        if not joint_type.suits(module):
+            continue
+        barrier = _barrier(module)
+        if barrier:
+            if _named_like(module, joint_type):
+                return "left", "", Outcome(None, barrier)
+            continue
+        key = joint_type, joint_type.key(module)
+        if key not in known:
+            known[key] = _examine(joint_type, module, root)
+        outcome = known[key]
+        if outcome.joint is not None:
+            return "fused", outcome.joint.operator, outcome
+        if outcome.reason:
+            return "left", "", outcome
+    return None
+
+
+def _examine(joint_type: type[Joint], module: nn.Module, root: nn.Module) -> Outcome:
+    if joint_type is GatedMLP:
+        outcome = _attempt(joint_type, module, root, small_sizes(module))
+        if outcome.joint is not None:
+            return outcome
+    return _attempt(joint_type, module, root, None)
+
+
+def _attempt(
+    joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes: dict[int, int] | None
+) -> Outcome:
+    joint = None
+    try:
+        sample = Sample(module, root, sizes)
+        joint = joint_type.recognise(sample)
+        if joint is None:
+            return Outcome(None, "it computes something else" if _named_like(module, joint_type) else "")
+        original, fused = joint.trial(sample)
+        return Outcome(joint, "", verify(original, fused, joint.draws(sample), sample.dtype, joint.exact))
+    except Refused as refused:
+        close = joint is not None or _named_like(module, joint_type)
+        return Outcome(None, str(refused) if close else "")
+
+
+def _barrier(module: nn.Module) -> str:
+    """Why this module must not be touched, or nothing."""
+    if "forward" in vars(module):
+        return "the instance has a forward of its own"
+    if parametrize.is_parametrized(module):
+        return "it is parametrized"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is scripted"
+    if type(module).__reduce__ is not object.__reduce__ or type(module).__reduce_ex__ is not object.__reduce_ex__:
+        return "its class pickles itself in a way of its own"
+    for name, parameter in module.named_parameters():
+        if type(parameter) is not nn.Parameter and type(parameter).__name__ != "DTensor":
+            return f"{name} is a {type(parameter).__name__}"
+        if not parameter.is_floating_point():
+            return f"{name} is {parameter.dtype}"
+    return ""
+
+
+def _named_like(module: nn.Module, joint_type: type[Joint]) -> bool:
+    """Only for the report: whether a user would expect to read why this module was left."""
+    return joint_type.hint in type(module).__name__.lower() or joint_type is not Norm
+
+
+def _choices(name: str, choices: Iterable[Choice]) -> tuple[Choice, ...]:
+    found = (choices,) if isinstance(choices, (str, type)) else tuple(choices)
+    for choice in found:
+        if not isinstance(choice, str) and not (isinstance(choice, type) and issubclass(choice, nn.Module)):
+            raise TypeError(
+                f"fuse: {name} must hold paths, operator names or module classes, got {choice!r}; "
+                'e.g. skip=["model.layers.0.*", "rope", nn.LayerNorm]'
+            )
+    return found
+
+
+def _matches(choice: Choice, path: str, module: nn.Module, operator: str | None) -> bool:
+    if isinstance(choice, type):
+        return isinstance(module, choice)
+    return choice == operator or fnmatch.fnmatchcase(path, choice) or fnmatch.fnmatchcase(path, choice + ".*")

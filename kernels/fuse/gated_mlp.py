@@ -1,0 +1,129 @@
+"""Gated MLPs: ``down(act(gate(x)) · up(x))`` from three linear children, whatever they are called.
+
+The linear children are still called as modules, so their hooks, adapters and parametrizations stay in force; only the
+activation and the product become one operator.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.glu import glu
+from .joint import Joint, fused_class, own_forward, takes
+from .sample import Draw, Exactly, Refused, Sample
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid")
+
+
+@dataclass(frozen=True)
+class GatedMLP(Joint):
+    """The names of the three linear children, and of the activation's module if it has one."""
+
+    hint: ClassVar[str] = "mlp"
+    operator: ClassVar[str] = "glu"  # type: ignore[misc]
+    gate: str
+    up: str
+    down: str
+    activation: str
+    activation_child: str | None
+
+    @classmethod
+    def suits(cls, module: nn.Module) -> bool:
+        """Three linear children, two of one shape and one of the transposed shape."""
+        shapes = sorted((c.in_features, c.out_features) for c in module.children() if _linear(c))  # type: ignore[misc]
+        if len(shapes) != 3:
+            return False
+        first, middle, last = shapes
+        return middle in (first, last) and (first[::-1] == last)
+
+    @classmethod
+    def recognise(cls, sample: Sample) -> GatedMLP | None:
+        """Probe which child is the gate, and which activation follows it."""
+        module = sample.module
+        linear = {name: child for name, child in module.named_children() if _linear(child)}
+        others = [name for name, child in module.named_children() if name not in linear]
+        if any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
+            raise Refused("it has parameters or buffers of its own, beside its three linear layers")
+        if len(others) > 1 or any(any(True for _ in module.get_submodule(n).parameters()) for n in others):
+            raise Refused(f"it has more children than three linear layers and an activation: {', '.join(others)}")
+        x = sample.randn(2, 5, features(module))
+        with torch.no_grad(), Exactly():
+            module.eval()
+            try:
+                y = own_forward(module)(module, x.clone())
+            except Exception as error:
+                raise Refused(f"it does not take [batch, sequence, features]: {error}") from error
+            if not isinstance(y, Tensor) or y.shape != x.shape:
+                return None
+            for gate, up, down in itertools.permutations(linear):
+                if linear[gate].out_features != linear[down].in_features:
+                    continue
+                g, u = linear[gate](x), linear[up](x)
+                if g.shape != u.shape or g.shape[-1] != linear[down].in_features:
+                    continue
+                for activation in ACTIVATIONS:
+                    expected = linear[down](glu(g, u, activation=activation))
+                    if (y - expected).abs().max() <= 1e-6 * expected.abs().max():
+                        return cls(gate, up, down, activation, others[0] if others else None)
+        return None
+
+    def members(self, original: type) -> dict[str, Any]:
+        """The forward with activation and product in one operator."""
+        own = original.forward  # type: ignore[attr-defined]
+        gate, up, down, activation, child = self.gate, self.up, self.down, self.activation, self.activation_child
+
+        @functools.wraps(own)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if len(args) != 1 or kwargs or not takes(args[0]) or (child and _hooked(getattr(self, child))):
+                return own(self, *args, **kwargs)
+            x = args[0]
+            return getattr(self, down)(glu(getattr(self, gate)(x), getattr(self, up)(x), activation=activation))
+
+        return {"forward": forward}
+
+    def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
+        """The sample, and the same in the fused class."""
+        fused = copy.deepcopy(sample.module)
+        fused.__class__ = fused_class(type(fused), self)
+        return sample.module, fused
+
+    def draws(self, sample: Sample) -> Iterable[Draw]:
+        """Scales on both sides of the activation's bend."""
+        width = features(sample.module)
+        return [
+            Draw("an ordinary", (sample.randn(2, 5, width),)),
+            Draw("a small", (0.05 * sample.randn(2, 5, width),)),
+            Draw("a large", (20.0 * sample.randn(2, 5, width),)),
+            Draw("a shifted", (sample.randn(2, 5, width) + 2.0,)),
+        ]
+
+
+def features(module: nn.Module) -> int:
+    """The input features: those that two of the three linear children take, or all three."""
+    inputs = sorted(child.in_features for child in module.children() if _linear(child))
+    return int(inputs[1])  # type: ignore[call-overload]
+
+
+def small_sizes(module: nn.Module) -> dict[int, int]:
+    """Feature counts of a sample small enough to verify on: 48 in, 80 inside."""
+    inside = {child.out_features for child in module.children() if _linear(child)} - {features(module)}
+    return {features(module): 48} | {int(n): 80 for n in inside}  # type: ignore[call-overload]
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    )
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(map(bool, hooks))

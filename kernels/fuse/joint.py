@@ -1,0 +1,107 @@
+"""What a joint is, and how a module's class becomes a fused one.
+
+A joint is a place in a model where one fused operator can stand for several plain ones. It is found by probing a
+sample of the module, and then says all that the fused class needs: names of attributes and small constants, nothing
+that belongs to one instance. So a fused class follows from (original class, joint), in any process.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import types
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .sample import Draw, Sample, kind
+
+
+class Joint(ABC):
+    """One recognised joint. Subclasses are frozen dataclasses, because equal joints share a fused class."""
+
+    #: The word in a class's name that makes a refusal worth reporting even where nothing like the joint was found.
+    hint: ClassVar[str]
+    operator: str
+
+    @classmethod
+    @abstractmethod
+    def suits(cls, module: nn.Module) -> bool:
+        """Whether the outside of ``module`` looks like such a joint; cheap, and runs none of its code."""
+
+    @classmethod
+    def key(cls, module: nn.Module) -> Hashable:
+        """Modules with equal keys are probed and verified once."""
+        return kind(module)
+
+    @classmethod
+    @abstractmethod
+    def recognise(cls, sample: Sample) -> Joint | None:
+        """The joint that the sample behaves as, or None. Raises Refused to say more."""
+
+    @abstractmethod
+    def members(self, original: type) -> dict[str, Any]:
+        """What the fused subclass of ``original`` overrides."""
+
+    @abstractmethod
+    def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
+        """(original, fused), with equal parameters, to be compared on numbers."""
+
+    @abstractmethod
+    def draws(self, sample: Sample) -> Iterable[Draw]:
+        """Inputs to compare them on."""
+
+    def exact(self, original: nn.Module) -> nn.Module:
+        """Prepare the float64 copy of the original: what it takes from the dtype of its input has to be fixed."""
+        return original
+
+
+class Fusion(NamedTuple):
+    """What a fused class was made from."""
+
+    original: type
+    joint: Joint
+
+
+def fusion(module: nn.Module) -> Fusion | None:
+    """What the class of ``module`` was fused from; None if it is not fused."""
+    found: Fusion | None = getattr(type(module), "_braze_fusion", None)
+    return found
+
+
+@functools.cache
+def fused_class(original: type, joint: Joint) -> type:
+    """The subclass of ``original`` that runs the fused operator; the same one each time."""
+
+    def __reduce_ex__(self: nn.Module, protocol: int) -> Any:
+        make, arguments, *rest = original.__reduce_ex__(self, max(protocol, 2))  # type: ignore[misc]
+        if make is copyreg.__newobj__ and arguments == (fused,):  # type: ignore[attr-defined]
+            return (_rebuild, (original, joint), *rest)
+        return (make, arguments, *rest)
+
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    extra = {"_braze_fusion": Fusion(original, joint), "__reduce_ex__": __reduce_ex__}
+    fused = types.new_class(
+        original.__name__, (original,), exec_body=lambda space: space.update(names | extra | joint.members(original))
+    )
+    return fused
+
+
+def _rebuild(original: type, joint: Joint) -> nn.Module:
+    fused = fused_class(original, joint)
+    module: nn.Module = fused.__new__(fused)
+    return module
+
+
+def takes(x: Any) -> bool:
+    """Whether a fused operator takes x as the original would: an ordinary floating-point tensor."""
+    return (type(x) is Tensor or type(x) is nn.Parameter) and not x.is_nested and torch.is_floating_point(x)
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the module's class, as a plain function."""
+    forward: Callable[..., Any] = type(module).forward
+    return forward

@@ -1,0 +1,212 @@
+"""RMSNorm and LayerNorm, of any class: one input, no children, at most two parameters [D].
+
+    y = (x − μ) / √(mean((x − μ)²) + ε) · (weight + offset) + bias        μ = 0 for RMSNorm
+
+Which parameter is which, and whether there is a mean or an offset, follow from the output for a large input, where ε
+vanishes; ε follows from the output for a tiny one, where it dominates.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.layer_norm import layer_norm
+from ..ops.rms_norm import rms_norm
+from .joint import Joint, fused_class, own_forward, takes
+from .sample import Draw, Exactly, Refused, Sample
+
+#: Width of the sample of a norm that has no parameter to tell its width.
+ANY_WIDTH = 48
+
+
+@dataclass(frozen=True)
+class Norm(Joint):
+    """A row norm: what it centres, scales and adds, by attribute name; ``eps`` is an attribute's name or a number."""
+
+    hint: ClassVar[str] = "norm"
+    center: bool
+    weight: str | None
+    bias: str | None
+    weight_offset: float
+    eps: str | float
+    promotes: bool
+
+    @property
+    def operator(self) -> str:  # type: ignore[override]
+        """The name of the fused operator."""
+        return "layer_norm" if self.center else "rms_norm"
+
+    @classmethod
+    def suits(cls, module: nn.Module) -> bool:
+        """No children, no buffers, and one width for all parameters; without parameters, an ε or None for one."""
+        if any(True for _ in module.children()) or any(True for _ in module.buffers()):
+            return False
+        shapes = {tuple(p.shape) for p in module.parameters()}
+        if not shapes:
+            return bool(_small_numbers(module)) or hasattr(module, "normalized_shape")
+        return len(shapes) == 1 and len(list(module.parameters())) <= 2 and next(iter(shapes)) not in ((), (0,), (1,))
+
+    @classmethod
+    def recognise(cls, sample: Sample) -> Norm | None:
+        """Probe the sample with a large and a tiny input."""
+        module, parameters = sample.module, dict(sample.module.named_parameters())
+        if any(p.dim() != 1 for p in parameters.values()):
+            raise Refused("it normalizes over more than the last dim")
+        large = 1e3 * (sample.randn(2, 3, _width(sample)) + 0.7)
+        y = _probe(module, large)
+        for center in (False, True):
+            normalized = _normalize(large, center)
+            for weight, offset, bias in _affine_forms(parameters):
+                if not (center and offset) and _close(y, _affine(normalized, parameters, weight, offset, bias)):
+                    eps = _find_eps(sample, center, weight, offset, bias)
+                    promotes = weight is not None and _promotes(module)
+                    return cls(center, weight, bias, offset, eps, promotes)
+        return None
+
+    def members(self, original: type) -> dict[str, Any]:
+        """A forward that runs the fused operator, and the original's own for all that the operator does not take."""
+        own = original.forward  # type: ignore[attr-defined]
+        center, weight_name, bias_name, offset = self.center, self.weight, self.bias, self.weight_offset
+        eps_name, eps_value = (self.eps, None) if isinstance(self.eps, str) else (None, self.eps)
+        promotes = self.promotes
+
+        @functools.wraps(own)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if len(args) != 1 or kwargs or not takes(args[0]):
+                return own(self, *args, **kwargs)
+            x: Tensor = args[0]
+            weight = None if weight_name is None else getattr(self, weight_name)
+            bias = None if bias_name is None else getattr(self, bias_name)
+            if weight is not None and weight.shape != x.shape[-1:]:
+                return own(self, x)
+            eps = eps_value if eps_name is None else getattr(self, eps_name)
+            if promotes and weight.dtype != x.dtype:
+                x = x.to(torch.promote_types(x.dtype, weight.dtype))
+            if center:
+                return layer_norm(x, weight, bias, eps=eps)
+            return rms_norm(x, weight, eps=eps, weight_offset=offset)
+
+        return {"forward": forward}
+
+    def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
+        """The sample, and the same in the fused class."""
+        fused = copy.deepcopy(sample.module)
+        fused.__class__ = fused_class(type(fused), self)
+        return sample.module, fused
+
+    def draws(self, sample: Sample) -> Iterable[Draw]:
+        """Other means, other scales (one about √ε), and rows with an outlier."""
+        width = _width(sample)
+        noise = functools.partial(sample.randn, 2, 4, width)
+        spike = 0.01 * noise()
+        spike[..., 0] = 50.0
+        return [
+            Draw("an ordinary", (noise(),)),
+            Draw("a shifted", (0.5 * noise() + 3.0,)),
+            Draw("a tiny", (1e-3 * noise(),)),
+            Draw("a large", (3e3 * noise(),)),
+            Draw("a spiky", (spike,)),
+            Draw("a two-dimensional", (noise()[0],)),
+        ]
+
+    def exact(self, original: nn.Module) -> nn.Module:
+        """``eps=None`` means the machine epsilon of float32, which the float64 copy would take its own for."""
+        if isinstance(self.eps, str) and getattr(original, self.eps) is None:
+            setattr(original, self.eps, torch.finfo(torch.float32).eps)
+        return original
+
+
+def _width(sample: Sample) -> int:
+    for parameter in sample.module.parameters():
+        return parameter.shape[0]
+    shape = getattr(sample.module, "normalized_shape", None)
+    return int(shape[-1]) if shape else ANY_WIDTH
+
+
+def _probe(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad(), Exactly():
+        try:
+            y = own_forward(module)(module, x.clone())
+        except Exception as error:
+            raise Refused(f"it does not take rows of {x.shape[-1]} features: {_first_line(error)}") from error
+    if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
+        raise Refused("it does not return a tensor like its input")
+    return y.double()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _normalize(x: Tensor, center: bool) -> Tensor:
+    h = x - x.mean(-1, keepdim=True) if center else x
+    return h * h.square().mean(-1, keepdim=True).rsqrt()
+
+
+def _affine_forms(parameters: dict[str, Tensor]) -> Iterator[tuple[str | None, float, str | None]]:
+    """(weight, offset, bias): every use of all the parameters."""
+    names = list(parameters)
+    if not names:
+        yield None, 0.0, None
+    elif len(names) == 1:
+        yield names[0], 0.0, None
+        yield names[0], 1.0, None
+    else:
+        yield names[0], 0.0, names[1]
+        yield names[1], 0.0, names[0]
+
+
+def _affine(
+    normalized: Tensor, parameters: dict[str, Tensor], weight: str | None, offset: float, bias: str | None
+) -> Tensor:
+    scaled = normalized if weight is None else normalized * (parameters[weight] + offset)
+    return scaled if bias is None else scaled + parameters[bias]
+
+
+def _close(y: Tensor, expected: Tensor) -> bool:
+    return bool((y - expected).abs().max() <= 1e-6 * expected.abs().max())
+
+
+def _find_eps(sample: Sample, center: bool, weight: str | None, offset: float, bias: str | None) -> str | float:
+    """The attribute that holds ε, or else its value."""
+    parameters = dict(sample.module.named_parameters())
+    tiny = 1e-5 * sample.randn(2, 3, _width(sample))
+    y = _probe(sample.module, tiny)
+    h = tiny - tiny.mean(-1, keepdim=True) if center else tiny
+    scaled = y if bias is None else y - parameters[bias]
+    unscaled = scaled if weight is None else scaled / (parameters[weight] + offset)
+    row, out = h[0, 0], unscaled[0, 0]
+    eps = ((row.norm() / out.norm()) ** 2 - row.square().mean()).item()
+    for name, value in _small_numbers(sample.module):
+        stands_for = torch.finfo(torch.float64).eps if value is None else value
+        if abs(eps - stands_for) <= 1e-4 * abs(stands_for) + 1e-18:
+            return name
+    return max(float(f"{eps:.6g}"), 0.0)
+
+
+def _small_numbers(module: nn.Module) -> list[tuple[str, float | None]]:
+    """Attributes that could be an ε. None stands for the dtype's own, as in torch.nn.RMSNorm."""
+    public = ((name, value) for name, value in vars(module).items() if name[:1] != "_")
+    return [
+        (name, value)
+        for name, value in public
+        if (isinstance(value, float) and 0.0 < value < 0.1) or (value is None and "eps" in name)
+    ]
+
+
+def _promotes(module: nn.Module) -> bool:
+    """Whether wider parameters widen the result."""
+    wide = copy.deepcopy(module).float()
+    width = next(wide.parameters()).shape[0]
+    try:
+        y = own_forward(wide)(wide, torch.ones(1, 2, width, dtype=torch.bfloat16, device=next(wide.parameters()).device))
+    except Exception:
+        return False
+    return bool(y.dtype == torch.float32)

@@ -1,0 +1,177 @@
+"""Rotary position embedding.
+
+    y = x · cos + rotate(x) · sin        on the first R of the last dim's D elements; the rest passes through
+
+rotate turns each pair by 90°: (x₁, x₂) → (−x₂, x₁). The pairs are (i, i + R/2), or (2i, 2i + 1) if interleaved.
+
+Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding (2021); the halves are GPT-NeoX's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..autograd import Gradients, fused
+from ..op import Call, Draw, ErrorInput, Op, Traffic
+
+
+def rotate(x: Tensor, interleaved: bool) -> Tensor:
+    """Every pair turned by 90°: (x₁, x₂) → (−x₂, x₁)."""
+    if interleaved:
+        return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
+def reference(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotary position embedding in plain PyTorch: float32 (or wider) inside, the result in the dtype of ``x``."""
+    R = cos.shape[-1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    turning, rest = x[..., :R].to(wide), x[..., R:]
+    turned = turning * cos.to(wide) + rotate(turning, interleaved) * sin.to(wide)
+    return torch.cat((turned.to(x.dtype), rest), -1)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotary position embedding: ``x · cos + rotate(x) · sin`` on the first R elements of the last dim.
+
+    Computed in float32 and rounded once. cos and sin have a column for every element of x that turns (both elements of
+    a pair usually get the same angle, but need not), so [S, R] serves x [B, H, S, D], and so does [B, 1, S, R] where
+    every sequence has its own positions; x [B, S, H, D] takes [S, 1, R]. Views with adjacent elements in a row, such as
+    transposed heads, are not copied, and the result lies in memory as x does.
+
+    The gradient flows to x. If cos or sin requires one too, the plain form runs.
+
+    Args:
+        x: floating-point tensor [..., D] of two dims or more.
+        cos: floating-point tensor that broadcasts to [..., R], R ≤ D and even. Its dtype may differ from x's.
+        sin: likewise, with the same R.
+        interleaved: pair elements (2i, 2i + 1), as in GPT-J and RoFormer, not (i, i + R/2), as in GPT-NeoX and Llama.
+
+    Returns:
+        [..., D] in x's dtype.
+
+    Raises:
+        TypeError: if x, cos or sin is not floating point.
+        ValueError: if x has fewer than two dims, R is odd or more than D, or cos or sin does not broadcast to x.
+    """
+    _check(x, cos, sin)
+    return dispatch.run(ROPE, x, cos, sin, interleaved=bool(interleaved))
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    for label, tensor in (("x", x), ("cos", cos), ("sin", sin)):
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"rope: {label} must be a floating-point tensor, got {tensor.dtype}; convert it, e.g. {label}.float()"
+            )
+    if x.dim() < 2:
+        raise ValueError(f"rope: x must have at least two dims, [..., S, D], got {tuple(x.shape)}; unsqueeze it")
+    for label, tensor in (("cos", cos), ("sin", sin)):
+        shape = tuple(tensor.shape)
+        if tensor.dim() == 0 or shape[-1] % 2 or shape[-1] > x.shape[-1]:
+            raise ValueError(
+                f"rope: {label} must have an even number of columns, at most the {x.shape[-1]} of x, got {shape}; "
+                "give it one column for each element that turns"
+            )
+        if not _broadcasts(shape[:-1], tuple(x.shape[:-1])):
+            raise ValueError(
+                f"rope: {label} must broadcast to x, {tuple(x.shape)}, without its last dim, got {shape}; "
+                f"unsqueeze the dims that it shares, e.g. {label}.unsqueeze(1) for [B, S, R] and heads at dim 1"
+            )
+    if cos.shape[-1] != sin.shape[-1]:
+        raise ValueError(
+            f"rope: cos and sin must have the same number of columns, got {tuple(cos.shape)} and {tuple(sin.shape)}; "
+            "compute both from the same angles"
+        )
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    if len(shape) > len(to):
+        return False
+    return all(size == wanted or size == 1 for size, wanted in zip(reversed(shape), reversed(to), strict=False))
+
+
+def _triton(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return reference(x, cos, sin, interleaved=interleaved)
+    from ..triton import rope as kernels
+
+    return fused(kernels.forward, kernels.backward, _second, (x, cos, sin), {"interleaved": interleaved})
+
+
+def _second(grads: Any, saved: Any, needs: Any, *, interleaved: bool) -> Gradients:
+    """The transposed rotation: rotate is its own inverse but for the sign."""
+    (dy,), (cos, sin) = grads, saved
+    R = cos.shape[-1]
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    turning, rest = dy[..., :R].to(wide), dy[..., R:]
+    turned = turning * cos.to(wide) - rotate(turning * sin.to(wide), interleaved)
+    return torch.cat((turned.to(dy.dtype), rest), -1), None, None
+
+
+def _aten(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    R = cos.shape[-1]
+    turning = x[..., :R]
+    turned = turning * cos + rotate(turning, interleaved) * sin
+    return turned.to(x.dtype) if x.shape[-1] == R else torch.cat((turned.to(x.dtype), x[..., R:]), -1)
+
+
+def _inputs(
+    draw: Draw, *, B: int, H: int, S: int, D: int, interleaved: bool = False, partial: bool = False, own: bool = False
+) -> Call:
+    R = _turning(D, partial)
+    shape = (B, 1, S, R) if own else (S, R)
+    return Call((draw.tensor(B, H, S, D), draw.constant(*shape), draw.constant(*shape)), {"interleaved": interleaved})
+
+
+def _turning(D: int, partial: bool) -> int:
+    """R: half of the elements if partial, else all, but an even number."""
+    return D // 4 * 2 if partial else D // 2 * 2
+
+
+def _errors() -> Iterator[ErrorInput]:
+    x, table = torch.zeros(2, 3, 5, 8), torch.zeros(5, 8)
+    yield ErrorInput(Call((x.long(), table, table)), TypeError, r"x must be a floating-point.*int64")
+    yield ErrorInput(Call((x, table.long(), table)), TypeError, r"cos must be a floating-point.*int64")
+    yield ErrorInput(Call((torch.zeros(8), torch.zeros(8), torch.zeros(8))), ValueError, r"at least two dims.*\(8,\)")
+    yield ErrorInput(Call((x, torch.zeros(5, 7), table)), ValueError, r"cos must have an even number.*\(5, 7\)")
+    yield ErrorInput(Call((x, table, torch.zeros(5, 10))), ValueError, r"sin must have .*at most the 8 of x.*\(5, 10\)")
+    yield ErrorInput(Call((x, table, torch.zeros(2, 5, 8))), ValueError, r"sin must broadcast to x.*\(2, 5, 8\)")
+    yield ErrorInput(Call((x, table, torch.zeros(5, 4))), ValueError, r"same number of columns.*\(5, 8\) and \(5, 4\)")
+
+
+def _traffic(
+    itemsize: int, *, B: int, H: int, S: int, D: int, partial: bool = False, own: bool = False, **_: Any
+) -> Traffic:
+    """x, cos, sin and y; the backward pass the same."""
+    moved = (2 * B * H * S * D + 2 * (B if own else 1) * S * _turning(D, partial)) * itemsize
+    return Traffic(forward=moved, backward=moved)
+
+
+ROPE = Op(
+    name="rope",
+    fn=rope,
+    reference=reference,
+    impls={"triton": _triton},
+    inputs=_inputs,
+    dims={"B": (0, 1, 2, 3), "H": (1, 2, 5, 33), "S": (0, 1, 2, 7, 33), "D": (1, 2, 31, 64, 66, 128, 2048, 2100)},
+    # Llama-3.1-8B and SmolLM2-135M.
+    bench=({"B": 1, "H": 32, "S": 2048, "D": 128}, {"B": 4, "H": 9, "S": 1024, "D": 64}),
+    traffic=_traffic,
+    flops=lambda B, H, S, D: 3 * B * H * S * D,
+    aten=_aten,
+    errors=_errors,
+    variants={
+        "default": {},
+        "interleaved": {"interleaved": True},
+        "partial": {"partial": True},
+        "own positions": {"own": True},
+        "interleaved, partial, own positions": {"interleaved": True, "partial": True, "own": True},
+    },
+)

@@ -1,0 +1,164 @@
+"""Rotary position embedding: T tokens of H heads of D elements, of which the first R turn and the rest pass through.
+
+    forward   y₁ = x₁c₁ − x₂s₁      y₂ = x₂c₂ + x₁s₂
+    backward  the transposed rotation: the same of dy, with s₁, s₂ ← −s₂, −s₁
+
+"Heads" are whatever dims cos and sin are broadcast over, "tokens" whatever dims they differ along. A program turns a
+tile of about 4,096 elements (8 warps: 16 elements, two 16-byte accesses of bf16, a thread): all heads of one token if
+there are 32 of 128. Its cos and sin are read once and serve up to HEAD_TILES such tiles, so that they add at most
+1 / (BLOCK_H · HEAD_TILES) to the traffic.
+
+The result lies in memory as x does, and both are addressed through their strides: Hugging Face's transposed
+[B, H, S, D] queries are read and written as the [B, S, H, D] that they are, with no copy.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 4096
+MAX_PAIRS = 1024
+HEAD_TILES = tl.constexpr(4)
+
+
+@triton.jit
+def _rotate(
+    x, cos, sin, y, T, T1, H, H1, D, R,
+    x_t0, x_t1, x_h0, x_h1, y_t0, y_t1, y_h0, y_h1, cos_t0, cos_t1, sin_t0, sin_t1,
+    INTERLEAVED: tl.constexpr, TRANSPOSE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t0 = (t // T1).to(tl.int64)
+    t1 = (t % T1).to(tl.int64)
+    x_token = (t0 * x_t0 + t1 * x_t1)[:, None, None]
+    y_token = (t0 * y_t0 + t1 * y_t1)[:, None, None]
+    cos_token = (t0 * cos_t0 + t1 * cos_t1)[:, None]
+    sin_token = (t0 * sin_t0 + t1 * sin_t1)[:, None]
+    token = t < T
+    first_head = tl.program_id(1) * (BLOCK_H * HEAD_TILES)
+    half = R // 2
+
+    for start in range(0, half, BLOCK_P):
+        if INTERLEAVED:
+            # Neighbours are loaded together and split in registers: an element's pair is in the same 16 bytes.
+            d = 2 * start + tl.arange(0, 2 * BLOCK_P)
+            in_row = token[:, None] & (d < R)[None, :]
+            c = tl.load(cos + cos_token + d[None, :], in_row, other=0.0).to(tl.float32)
+            s = tl.load(sin + sin_token + d[None, :], in_row, other=0.0).to(tl.float32)
+            c1, c2 = tl.split(tl.reshape(c, [BLOCK_T, BLOCK_P, 2]))
+            s1, s2 = tl.split(tl.reshape(s, [BLOCK_T, BLOCK_P, 2]))
+        else:
+            d = start + tl.arange(0, BLOCK_P)
+            in_row = token[:, None] & (d < half)[None, :]
+            c1 = tl.load(cos + cos_token + d[None, :], in_row, other=0.0).to(tl.float32)
+            c2 = tl.load(cos + cos_token + half + d[None, :], in_row, other=0.0).to(tl.float32)
+            s1 = tl.load(sin + sin_token + d[None, :], in_row, other=0.0).to(tl.float32)
+            s2 = tl.load(sin + sin_token + half + d[None, :], in_row, other=0.0).to(tl.float32)
+        if TRANSPOSE:
+            s1, s2 = -s2, -s1
+        c1 = c1[:, None, :]
+        c2 = c2[:, None, :]
+        s1 = s1[:, None, :]
+        s2 = s2[:, None, :]
+        for head_tile in range(HEAD_TILES):
+            h = first_head + head_tile * BLOCK_H + tl.arange(0, BLOCK_H)
+            h0 = (h // H1).to(tl.int64)
+            h1 = (h % H1).to(tl.int64)
+            mask = in_row[:, None, :] & (h < H)[None, :, None]
+            x_at = x + x_token + (h0 * x_h0 + h1 * x_h1)[None, :, None] + d[None, None, :]
+            y_at = y + y_token + (h0 * y_h0 + h1 * y_h1)[None, :, None] + d[None, None, :]
+            if INTERLEAVED:
+                pairs = tl.load(x_at, mask, other=0.0).to(tl.float32)
+                x1, x2 = tl.split(tl.reshape(pairs, [BLOCK_T, BLOCK_H, BLOCK_P, 2]))
+                turned = tl.join(x1 * c1 - x2 * s1, x2 * c2 + x1 * s2)
+                turned = tl.reshape(turned, [BLOCK_T, BLOCK_H, 2 * BLOCK_P])
+                tl.store(y_at, turned.to(y.dtype.element_ty), mask)
+            else:
+                x1 = tl.load(x_at, mask, other=0.0).to(tl.float32)
+                x2 = tl.load(x_at + half, mask, other=0.0).to(tl.float32)
+                tl.store(y_at, (x1 * c1 - x2 * s1).to(y.dtype.element_ty), mask)
+                tl.store(y_at + half, (x2 * c2 + x1 * s2).to(y.dtype.element_ty), mask)
+
+    if BLOCK_REST > 0:
+        for start in range(R, D, BLOCK_REST):
+            d = start + tl.arange(0, BLOCK_REST)
+            for head_tile in range(HEAD_TILES):
+                h = first_head + head_tile * BLOCK_H + tl.arange(0, BLOCK_H)
+                h0 = (h // H1).to(tl.int64)
+                h1 = (h % H1).to(tl.int64)
+                mask = token[:, None, None] & (h < H)[None, :, None] & (d < D)[None, None, :]
+                x_at = x + x_token + (h0 * x_h0 + h1 * x_h1)[None, :, None] + d[None, None, :]
+                y_at = y + y_token + (h0 * y_h0 + h1 * y_h1)[None, :, None] + d[None, None, :]
+                tl.store(y_at, tl.load(x_at, mask), mask)
+
+
+def forward(x, cos, sin, *, interleaved: bool):
+    """Return the rotated x, and what the backward pass needs: cos and sin."""
+    return _launch(x, cos, sin, interleaved, transpose=False), (cos, sin)
+
+
+def backward(grads, saved, needs, *, interleaved: bool):
+    """Return the gradient of x: the cotangent under the transposed rotation."""
+    cos, sin = saved
+    return _launch(grads[0], cos, sin, interleaved, transpose=True), None, None
+
+
+def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transpose: bool) -> Tensor:
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
+    y = torch.empty_like(x)  # in x's order of dims
+    if x.numel() == 0:
+        return y
+    D, R = x.shape[-1], cos.shape[-1]
+    tokens, heads = _axes(x, y, cos, sin)
+    if len(tokens) > 2 or len(heads) > 2:  # a view that two strides cannot describe
+        x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        cos, sin = (t.expand(*x.shape[:-1], R).contiguous() for t in (cos, sin))
+        tokens, heads = [(x[..., 0].numel(), D, D, R, R)], []
+    (T0, *t0), (T1, *t1) = [_ABSENT] * (2 - len(tokens)) + tokens
+    (H0, *h0), (H1, *h1) = [_ABSENT] * (2 - len(heads)) + heads
+    T, H = T0 * T1, H0 * H1
+    rows = max(1, TILE // triton.next_power_of_2(D))
+    BLOCK_H = min(rows, triton.next_power_of_2(H))
+    BLOCK_T = min(rows // BLOCK_H, triton.next_power_of_2(T))
+    BLOCK_P = min(MAX_PAIRS, triton.next_power_of_2(max(1, R // 2)))
+    BLOCK_REST = min(2 * MAX_PAIRS, triton.next_power_of_2(D - R)) if D > R else 0
+    num_warps = min(8, max(1, BLOCK_T * BLOCK_H * BLOCK_P // 256))
+    grid = (triton.cdiv(T, BLOCK_T), triton.cdiv(H, BLOCK_H * HEAD_TILES.value))
+    _rotate[grid](
+        x, cos, sin, y, T, T1, H, H1, D, R,
+        t0[0], t1[0], h0[0], h1[0], t0[1], t1[1], h0[1], h1[1], t0[2], t1[2], t0[3], t1[3],
+        INTERLEAVED=interleaved, TRANSPOSE=transpose,
+        BLOCK_T=BLOCK_T, BLOCK_H=BLOCK_H, BLOCK_P=BLOCK_P, BLOCK_REST=BLOCK_REST, num_warps=num_warps,
+    )  # fmt: skip
+    return y
+
+
+#: A dim's size, and its strides in x, y, cos and sin.
+Axis = tuple[int, int, int, int, int]
+
+_ABSENT: Axis = (1, 0, 0, 0, 0)
+
+
+def _axes(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor) -> tuple[list[Axis], list[Axis]]:
+    """The dims that cos and sin differ along, and those that they are broadcast over; outermost in memory first."""
+    cos, sin = (t.expand(*x.shape[:-1], t.shape[-1]) for t in (cos, sin))
+    axes = list(zip(x.shape, x.stride(), y.stride(), cos.stride(), sin.stride(), strict=True))[:-1]
+    axes = sorted((axis for axis in axes if axis[0] > 1), key=lambda axis: -axis[2])
+    return _merged(axis for axis in axes if any(axis[3:])), _merged(axis for axis in axes if not any(axis[3:]))
+
+
+def _merged(axes) -> list[Axis]:
+    """The axes, each merged into the one outside it where every stride allows that."""
+    merged: list[Axis] = []
+    for size, *strides in axes:
+        if merged and all(outer == size * inner for outer, inner in zip(merged[-1][1:], strides, strict=True)):
+            merged[-1] = (merged[-1][0] * size, *strides)
+        else:
+            merged.append((size, *strides))
+    return merged
