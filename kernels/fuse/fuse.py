@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
@@ -154,7 +155,9 @@ def _attempt(joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes:
         if joint is None:
             return Outcome(None, "it computes something else" if _named_like(module, joint_type) else "")
         original, fused = joint.trial(sample)
-        return Outcome(joint, "", verify(original, fused, joint.draws(sample), sample.dtype, joint.exact))
+        return Outcome(
+            joint, "", verify(original, fused, functools.partial(joint.draws, sample), sample.dtype, joint.exact)
+        )
     except Refused as refused:
         close = joint is not None or _named_like(module, joint_type)
         return Outcome(None, str(refused) if close else "")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,7 +37,7 @@ class GatedMLP(Joint):
     @classmethod
     def suits(cls, module: nn.Module) -> bool:
         """Three linear children, two of one shape and one of the transposed shape."""
-        shapes = sorted((c.in_features, c.out_features) for c in module.children() if _linear(c))  # type: ignore[misc]
+        shapes = sorted(_shape(child) for child in module.children() if _linear(child))
         if len(shapes) != 3:
             return False
         first, middle, last = shapes
@@ -64,11 +63,11 @@ class GatedMLP(Joint):
             if not isinstance(y, Tensor) or y.shape != x.shape:
                 return None
             for gate, up, down in itertools.permutations(linear):
-                if linear[gate].out_features != linear[down].in_features:
+                if _shape(linear[gate]) != _shape(linear[up]) or _shape(linear[gate]) != _shape(linear[down])[::-1]:
+                    continue
+                if _shape(linear[gate])[0] != x.shape[-1]:
                     continue
                 g, u = linear[gate](x), linear[up](x)
-                if g.shape != u.shape or g.shape[-1] != linear[down].in_features:
-                    continue
                 for activation in ACTIVATIONS:
                     expected = linear[down](glu(g, u, activation=activation))
                     if (y - expected).abs().max() <= 1e-6 * expected.abs().max():
@@ -95,7 +94,7 @@ class GatedMLP(Joint):
         fused.__class__ = fused_class(type(fused), self)
         return sample.module, fused
 
-    def draws(self, sample: Sample) -> Iterable[Draw]:
+    def draws(self, sample: Sample) -> list[Draw]:
         """Scales on both sides of the activation's bend."""
         width = features(sample.module)
         return [
@@ -108,14 +107,17 @@ class GatedMLP(Joint):
 
 def features(module: nn.Module) -> int:
     """The input features: those that two of the three linear children take, or all three."""
-    inputs = sorted(child.in_features for child in module.children() if _linear(child))
-    return int(inputs[1])  # type: ignore[call-overload]
+    return sorted(_shape(child)[0] for child in module.children() if _linear(child))[1]
 
 
 def small_sizes(module: nn.Module) -> dict[int, int]:
     """Feature counts of a sample small enough to verify on: 48 in, 80 inside."""
-    inside = {child.out_features for child in module.children() if _linear(child)} - {features(module)}
-    return {features(module): 48} | {int(n): 80 for n in inside}  # type: ignore[call-overload]
+    inside = {size for child in module.children() if _linear(child) for size in _shape(child)} - {features(module)}
+    return {features(module): 48} | dict.fromkeys(inside, 80)
+
+
+def _shape(linear: Any) -> tuple[int, int]:
+    return linear.in_features, linear.out_features
 
 
 def _linear(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import copyreg
 import functools
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -51,7 +51,7 @@ class Joint(ABC):
         """(original, fused), with equal parameters, to be compared on numbers."""
 
     @abstractmethod
-    def draws(self, sample: Sample) -> Iterable[Draw]:
+    def draws(self, sample: Sample) -> list[Draw]:
         """Inputs to compare them on."""
 
     def exact(self, original: nn.Module) -> nn.Module:

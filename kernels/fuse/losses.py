@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,7 +63,7 @@ class CrossEntropy(_Stateless):
 
         return {"forward": forward}
 
-    def draws(self, sample: Sample) -> Iterable[Draw]:
+    def draws(self, sample: Sample) -> list[Draw]:
         """Logits of a few scales; one ignored target."""
         module = sample.module
         classes = 11 if module.weight is None else len(module.weight)
@@ -101,7 +100,7 @@ class SoftmaxModule(_Stateless):
 
         return {"forward": forward}
 
-    def draws(self, sample: Sample) -> Iterable[Draw]:
+    def draws(self, sample: Sample) -> list[Draw]:
         """Two scales, four dims: enough for any usual ``dim``."""
         return [
             Draw("an ordinary", (sample.randn(3, 4, 5, 6),)),

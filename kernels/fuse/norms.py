@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -101,11 +102,11 @@ class Norm(Joint):
         fused.__class__ = fused_class(type(fused), self)
         return sample.module, fused
 
-    def draws(self, sample: Sample) -> Iterable[Draw]:
+    def draws(self, sample: Sample) -> list[Draw]:
         """Other means, other scales (one about √ε), and rows with an outlier."""
         width = _width(sample)
-        noise = functools.partial(sample.randn, 2, 4, width)
-        spike = 0.01 * noise()
+        noise = functools.partial(sample.randn, 3, 8, width)
+        spike = noise()
         spike[..., 0] = 50.0
         return [
             Draw("an ordinary", (noise(),)),
@@ -135,14 +136,14 @@ def _probe(module: nn.Module, x: Tensor) -> Tensor:
         try:
             y = own_forward(module)(module, x.clone())
         except Exception as error:
-            raise Refused(f"it does not take rows of {x.shape[-1]} features: {_first_line(error)}") from error
+            raise Refused(f"it does not take rows of {x.shape[-1]} features: {_summary(error)}") from error
     if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
         raise Refused("it does not return a tensor like its input")
     return y.double()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _summary(error: Exception) -> str:
+    return textwrap.shorten(str(error), 80) or type(error).__name__
 
 
 def _normalize(x: Tensor, center: bool) -> Tensor:

@@ -46,7 +46,7 @@ class FusionReport:
     def __str__(self) -> str:
         groups: dict[tuple[str, ...], list[Record]] = {}
         for record in self.records:
-            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", record.path)
+            pattern = re.sub(r"(?<![^._])\d+(?![^._])", "*", record.path)
             groups.setdefault((pattern, record.was, record.now, record.status, record.reason), []).append(record)
         header = ("module", "", "was", "now", "worst error / budget")
         rows = [header, *(_row(key, records) for key, records in groups.items())]

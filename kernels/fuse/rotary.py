@@ -110,7 +110,7 @@ class Rotary(Joint):
         helper = _helpers(type(sample.source))[self.helper]
         return _Call(helper), _Call(self.fused(helper))
 
-    def draws(self, sample: Sample) -> Iterable[Draw]:
+    def draws(self, sample: Sample) -> list[Draw]:
         """Grouped heads; angles shared by the batch, and of each sequence its own."""
         query, key = sample.randn(2, 4, 6, 16), sample.randn(2, 2, 6, 16)
         heads = [query, key][: self.tensors]

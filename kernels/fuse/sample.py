@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -108,16 +109,15 @@ def quiet(model: nn.Module) -> Iterator[None]:
     tensors = (*model.parameters(), *model.buffers())
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
     state = random.getstate()
-    backend = () if devices else (use_backend("eager"),)
     try:
-        with torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
-            for context in backend:
-                context.__enter__()
-            try:
-                yield
-            finally:
-                for context in backend:
-                    context.__exit__(None, None, None)
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=sorted(devices)))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            if not devices:
+                stack.enter_context(use_backend("eager"))
+            yield
     finally:
         random.setstate(state)
 
