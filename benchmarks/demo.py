@@ -139,10 +139,13 @@ def _figures(task: Task, result: Result) -> dict[str, float]:
 
 
 def _swapped(result: Result) -> str:
-    """Such as "swapped 9 LlamaRMSNorm, 1 CrossEntropyLoss"."""
-    counts = Counter(was for was, status, _ in result.report if status == "swapped")
-    listing = ", ".join(f"{count} {was}" for was, count in counts.most_common())
-    return f"swapped {listing}" if listing else "nothing to swap"
+    """Such as "swapped 9 LlamaRMSNorm, 4 LlamaMLP; left 1 CrossEntropyLoss: why"."""
+    swapped = Counter(was for was, status, _ in result.joints if status == "fused")
+    left = Counter((was, reason) for was, status, reason in result.joints if status == "left")
+    listing = ", ".join(f"{count} {was}" for was, count in swapped.most_common())
+    parts = [f"swapped {listing}" if listing else "nothing swapped"]
+    parts += [f"left {count} {was}: {reason}" for (was, reason), count in left.most_common()]
+    return "; ".join(parts)
 
 
 def _table(runs: dict[str, tuple[Result, Result]], precision: Precision) -> Table:
