@@ -11,16 +11,16 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .gated_mlp import GatedMLP, small_sizes
+from .gated_mlp import GatedMLP
 from .joint import Joint, fused_class, fusion
-from .losses import CrossEntropy, SoftmaxModule
+from .losses import CausalLoss, CrossEntropy, SoftmaxModule
 from .norms import Norm
 from .report import FusionReport, Record
 from .rotary import Rotary
 from .sample import Refused, Sample, quiet
 from .verify import Check, verify
 
-JOINTS: tuple[type[Joint], ...] = (Norm, GatedMLP, Rotary, CrossEntropy, SoftmaxModule)
+JOINTS: tuple[type[Joint], ...] = (Norm, GatedMLP, Rotary, CrossEntropy, SoftmaxModule, CausalLoss)
 
 Choice = str | type[nn.Module]
 
@@ -86,12 +86,13 @@ def unfuse(model: nn.Module) -> None:
     Raises:
         RuntimeError: if a fused module's class has been changed again since (as FSDP does); nothing is changed then.
     """
-    swaps = []
+    swaps: list[tuple[nn.Module, type]] = []
     for path, module in model.named_modules():
         made = fusion(module)
         if made is None:
             continue
-        if type(module) is not fused_class(*made):
+        unchanged = type(module) is fused_class(*made)
+        if not unchanged:
             raise RuntimeError(
                 f"unfuse: the class of {path or 'the model'} must be the one that fuse gave it, got "
                 f"{type(module).__name__}, made from it; undo that change first"
@@ -140,11 +141,12 @@ def _look(module: nn.Module, root: nn.Module, known: dict[Hashable, Outcome]) ->
 
 
 def _examine(joint_type: type[Joint], module: nn.Module, root: nn.Module) -> Outcome:
-    if joint_type is GatedMLP:
-        outcome = _attempt(joint_type, module, root, small_sizes(module))
+    outcome = Outcome(None)
+    for sizes in joint_type.sizes(module):
+        outcome = _attempt(joint_type, module, root, sizes)
         if outcome.joint is not None:
-            return outcome
-    return _attempt(joint_type, module, root, None)
+            break
+    return outcome
 
 
 def _attempt(joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes: dict[int, int] | None) -> Outcome:

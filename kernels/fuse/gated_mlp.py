@@ -6,9 +6,9 @@ activation and the product become one operator.
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.glu import glu
-from .joint import Joint, fused_class, own_forward, takes
+from .joint import Joint, own_forward, takes
 from .sample import Draw, Exactly, Refused, Sample
+
+#: Parameters of the largest module that is copied at its full size.
+LARGEST_COPY = 2**22
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid")
 
@@ -42,6 +45,14 @@ class GatedMLP(Joint):
             return False
         first, middle, last = shapes
         return middle in (first, last) and (first[::-1] == last)
+
+    @classmethod
+    def sizes(cls, module: nn.Module) -> Sequence[dict[int, int] | None]:
+        """48 features in and 80 inside; if the module insists on its own sizes and is not large, those."""
+        outer = features(module)
+        inside = {size for child in module.children() if _linear(child) for size in _shape(child)} - {outer}
+        small = {outer: 48} | dict.fromkeys(inside, 80)
+        return (small, {}) if sum(p.numel() for p in module.parameters()) <= LARGEST_COPY else (small,)
 
     @classmethod
     def recognise(cls, sample: Sample) -> GatedMLP | None:
@@ -88,12 +99,6 @@ class GatedMLP(Joint):
 
         return {"forward": forward}
 
-    def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
-        """The sample, and the same in the fused class."""
-        fused = copy.deepcopy(sample.module)
-        fused.__class__ = fused_class(type(fused), self)
-        return sample.module, fused
-
     def draws(self, sample: Sample) -> list[Draw]:
         """Scales on both sides of the activation's bend."""
         width = features(sample.module)
@@ -108,12 +113,6 @@ class GatedMLP(Joint):
 def features(module: nn.Module) -> int:
     """The input features: those that two of the three linear children take, or all three."""
     return sorted(_shape(child)[0] for child in module.children() if _linear(child))[1]
-
-
-def small_sizes(module: nn.Module) -> dict[int, int]:
-    """Feature counts of a sample small enough to verify on: 48 in, 80 inside."""
-    inside = {size for child in module.children() if _linear(child) for size in _shape(child)} - {features(module)}
-    return {features(module): 48} | dict.fromkeys(inside, 80)
 
 
 def _shape(linear: Any) -> tuple[int, int]:

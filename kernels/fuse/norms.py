@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
-from .joint import Joint, fused_class, own_forward, takes
+from .joint import Joint, own_forward, takes
 from .sample import Draw, Exactly, Refused, Sample
 
 #: Width of the sample of a norm that has no parameter to tell its width.
@@ -57,7 +57,7 @@ class Norm(Joint):
     @classmethod
     def recognise(cls, sample: Sample) -> Norm | None:
         """Probe the sample with a large and a tiny input."""
-        module, parameters = sample.module, dict(sample.module.named_parameters())
+        module, parameters = sample.module, dict[str, Tensor](sample.module.named_parameters())
         if any(p.dim() != 1 for p in parameters.values()):
             raise Refused("it normalizes over more than the last dim")
         large = 1e3 * (sample.randn(2, 3, _width(sample)) + 0.7)
@@ -83,24 +83,18 @@ class Norm(Joint):
             if len(args) != 1 or kwargs or not takes(args[0]):
                 return own(self, *args, **kwargs)
             x: Tensor = args[0]
-            weight = None if weight_name is None else getattr(self, weight_name)
+            weight: Tensor | None = None if weight_name is None else getattr(self, weight_name)
             bias = None if bias_name is None else getattr(self, bias_name)
             if weight is not None and weight.shape != x.shape[-1:]:
                 return own(self, x)
-            eps = eps_value if eps_name is None else getattr(self, eps_name)
-            if promotes and weight.dtype != x.dtype:
+            eps: Any = eps_value if eps_name is None else getattr(self, eps_name)
+            if promotes and weight is not None and weight.dtype != x.dtype:
                 x = x.to(torch.promote_types(x.dtype, weight.dtype))
             if center:
                 return layer_norm(x, weight, bias, eps=eps)
             return rms_norm(x, weight, eps=eps, weight_offset=offset)
 
         return {"forward": forward}
-
-    def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
-        """The sample, and the same in the fused class."""
-        fused = copy.deepcopy(sample.module)
-        fused.__class__ = fused_class(type(fused), self)
-        return sample.module, fused
 
     def draws(self, sample: Sample) -> list[Draw]:
         """Other means, other scales (one about √ε), and rows with an outlier."""
@@ -177,7 +171,7 @@ def _close(y: Tensor, expected: Tensor) -> bool:
 
 def _find_eps(sample: Sample, center: bool, weight: str | None, offset: float, bias: str | None) -> str | float:
     """The attribute that holds ε, or else its value."""
-    parameters = dict(sample.module.named_parameters())
+    parameters = dict[str, Tensor](sample.module.named_parameters())
     tiny = 1e-5 * sample.randn(2, 3, _width(sample))
     y = _probe(sample.module, tiny)
     h = tiny - tiny.mean(-1, keepdim=True) if center else tiny

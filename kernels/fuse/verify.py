@@ -80,9 +80,9 @@ def verify(
                 try:
                     if i == 0:
                         _check_random(subjects[0], first[i], x_dtype)
-                    measures = _compare(*subjects, exact, first[i], x_dtype)
+                    measures = _compare(subjects, exact, first[i], x_dtype)
                     if any(m.error > m.budget for m in measures):
-                        again = [_compare(*subjects, exact, draws()[i], x_dtype) for _ in range(REPEATS)]
+                        again = [_compare(subjects, exact, draws()[i], x_dtype) for _ in range(REPEATS)]
                         measures = [_pool(same) for same in zip(measures, *again, strict=True)]
                 except Refused as refused:
                     raise Refused(f"{refused} ({where})") from None
@@ -115,12 +115,15 @@ def _check_random(original: nn.Module, draw: Draw, dtype: torch.dtype) -> None:
         raise Refused("its forward is random")
 
 
-def _compare(original: nn.Module, fused: nn.Module, exact: nn.Module, draw: Draw, dtype: torch.dtype) -> list[Measure]:
+def _compare(subjects: list[nn.Module], exact: nn.Module, draw: Draw, dtype: torch.dtype) -> list[Measure]:
+    original, fused = subjects
     inputs = [t.to(dtype) if t.is_floating_point() else t for t in draw.inputs]
     try:
         plain = _run(original, inputs)
-    except Exception:
-        return []  # a mix of dtypes that the original does not take either
+    except Exception as error:
+        if all(t.dtype == torch.float32 for t in (*inputs, *original.parameters()) if t.is_floating_point()):
+            raise Refused(f"it fails on drawn inputs: {error}") from error
+        return []  # a dtype, or a mix of dtypes, that the original does not take either
     with Exactly():
         truth = _run(exact, [t.double() if t.is_floating_point() else t for t in inputs])
     try:
