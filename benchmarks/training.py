@@ -34,6 +34,8 @@ def run(connection: Connection, task: str, precision: Precision, fused: bool, st
     """Train, then send the :class:`Result`; a string instead is a traceback."""
     try:
         connection.send(_train(connection, task, precision, fused, steps))
+    except EOFError:
+        pass  # the one who gives the turns is gone
     except Exception:
         connection.send(traceback.format_exc())
 
