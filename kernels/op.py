@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Call(NamedTuple):
     """The arguments of one call: ``fn(*args, **kwargs)``."""
 
     args: tuple[Any, ...]
-    kwargs: dict[str, Any] = {}
+    kwargs: Mapping[str, Any] = MappingProxyType({})
 
 
 class ErrorInput(NamedTuple):
@@ -149,11 +150,11 @@ class Op:
     aten: Callable[..., Any]
     #: Invalid calls and the message each must get.
     errors: Callable[[], Iterable[ErrorInput]]
-    #: Sizes at which the kernels are audited; empty is ``bench``. Bytes are counted at the first: large enough that what
-    #: each program moves once does not show, small enough for the interpreter (about 1 ms a tile).
+    #: Sizes at which the kernels are audited; empty is ``bench``. Bytes are counted at the first: large enough that
+    #: what each program moves once does not show, small enough for the interpreter (about 1 ms a tile).
     audit: Sequence[Dims] = ()
-    #: By pass, "forward" or "backward", where the kernels move more than 1.02 times the least bytes.
-    excess: Mapping[str, Excess] = field(default_factory=dict)
+    #: By variant and pass ("forward", "backward"): where more than 1.02 times the least bytes move.
+    excess: Mapping[tuple[str, str], Excess] = field(default_factory=dict)
     #: Named option sets for ``inputs``: one for each branch of the kernels worth its own test.
     variants: Mapping[str, Options] = field(default_factory=lambda: {"default": {}})
     #: The module class that wraps ``fn``.

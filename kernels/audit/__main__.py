@@ -7,13 +7,28 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..op import Draw
+import torch
+
+from ..op import Dims, Draw, Op
 from .cases import Case, Shapes, cases, everything_in_triton, passes
 from .machine_code import TARGETS, compiled
 from .traffic import metered
+
+
+def _audited(op: Op) -> Sequence[Dims]:
+    return op.audit or op.bench
+
+
+#: Which sizes are audited, by what is audited and by --quick. A long row costs the interpreter minutes.
+SIZES: dict[tuple[str, bool], Callable[[Op], Sequence[Dims]]] = {
+    ("traffic", True): lambda op: _audited(op)[:1],
+    ("traffic", False): lambda op: _audited(op)[:-1] or _audited(op),
+    ("code", True): lambda op: [*_audited(op)[:1], *_audited(op)[1:][-1:]],
+    ("code", False): _audited,
+}
 
 
 def main() -> None:
@@ -23,27 +38,27 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the pairs of size, variant and dtype that differ most")
     arguments = parser.parse_args()
     audit = {"traffic": traffic, "code": code}[arguments.what]
-    # A long row costs the interpreter minutes; its kernels are the business of the machine code.
-    found = list(cases(arguments.quick, first_size_only=arguments.what == "traffic" and arguments.quick))
+    found = list(cases(SIZES[arguments.what, arguments.quick], arguments.quick))
     print(json.dumps({"calls": len(found)}), flush=True)
     with everything_in_triton():
         for number, case in enumerate(found):
-            for record in audit(case):
+            for record in audit(case, arguments.quick):
                 print(json.dumps({"call": number, "measure": arguments.what, **record}), flush=True)
 
 
-def traffic(case: Case) -> Iterator[dict[str, Any]]:
+def traffic(case: Case, quick: bool) -> Iterator[dict[str, Any]]:
     """A record for each pass: bytes moved, and the least that could be."""
     least = case.op.traffic(case.dtype.itemsize, **case.dims, **case.op.variants[case.variant])
     for name, run in passes(case, Draw(0, case.dtype)):
         with metered() as meter:
             run()
         floor = getattr(least, name)
-        excess = case.op.excess.get(name)
+        excess = case.op.excess.get((case.variant, name))
         yield {
             **case.facts(),
             "pass": name,
             "bytes": meter.total,
+            "bytes_written": meter.written.total(),
             "least_bytes": floor,
             "ratio": meter.total / floor,
             **{f"bytes of {part}": moved for part, moved in meter.moved.items()},
@@ -52,12 +67,14 @@ def traffic(case: Case) -> Iterator[dict[str, Any]]:
         }
 
 
-def code(case: Case) -> Iterator[dict[str, Any]]:
+def code(case: Case, quick: bool) -> Iterator[dict[str, Any]]:
     """A record for each kernel, target and pass."""
     for name, run in passes(case, Shapes(case.dtype)):
-        # Spills and widths depend on the variant far more than on the target: one target does for the variants.
+        # A disassembly takes 0.3 s of processor, a compilation 0.2.
         plain = case.variant == next(iter(case.op.variants))
-        with compiled(tuple(TARGETS) if plain else ("sm_90",)) as codes:
+        targets = tuple(TARGETS) if not quick or (plain and case.dtype == torch.bfloat16) else ("sm_90",)
+        disassembled = targets if not quick else ("sm_90",) if plain else ()
+        with compiled(targets, disassembled) as codes:
             run()
         for kernel in codes:
             yield {**case.facts(), "pass": name, **kernel._asdict()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -14,8 +14,12 @@ from torch.utils._pytree import tree_leaves
 from .. import OPS, dispatch
 from ..op import Dims, Draw, Op
 
-#: Traffic depends on how many programs share a tensor; it is counted for the multiprocessors of an H100.
+#: Multiprocessors of an H100, for the machine code.
 MULTIPROCESSORS = 132
+
+#: And of the machine on which bytes are counted. What a program moves once (a weight, a partial sum) weighs as one over
+#: its rows: 4,096 rows on 8 multiprocessors cost the interpreter a sixteenth of 65,536 on 128, and show the same ratio.
+INTERPRETED_MULTIPROCESSORS = 8
 
 
 class Case(NamedTuple):
@@ -37,17 +41,17 @@ class Case(NamedTuple):
         }
 
 
-def cases(quick: bool, first_size_only: bool) -> Iterator[Case]:
-    """Every variant × size × dtype; ``quick``: each variant at the first size and each size plainly, in bfloat16."""
+def cases(sizes: Callable[[Op], Sequence[Dims]], quick: bool) -> Iterator[Case]:
+    """Every variant × size × dtype; ``quick``: only those that differ from the plainest in one of the three."""
     for op in OPS:
         if "triton" not in op.impls:
             continue
         plain = next(iter(op.variants))
-        sizes = (op.audit or op.bench)[: 1 if first_size_only else None]
-        for size in sizes:
+        found = sizes(op)
+        for size in found:
             for variant in op.variants:
                 for dtype in (torch.bfloat16, torch.float32):
-                    apart = (size is not sizes[0]) + (variant != plain) + (dtype != torch.bfloat16)
+                    apart = (size is not found[0]) + (variant != plain) + (dtype != torch.bfloat16)
                     if apart < 2 or not quick:
                         yield Case(op, variant, dtype, size)
 
@@ -90,7 +94,7 @@ def everything_in_triton() -> Iterator[None]:
 
     choice = dispatch.Choice("triton", "audited")
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(dispatch, "choose", lambda op, tensors: choice))
-        stack.enter_context(mock.patch.object(launch, "interpreted_multiprocessors", MULTIPROCESSORS))
-        stack.enter_context(mock.patch.object(launch, "_multiprocessors", lambda device: MULTIPROCESSORS))
+        stack.enter_context(mock.patch.object(dispatch, "choose", return_value=choice))
+        stack.enter_context(mock.patch.object(launch, "interpreted_multiprocessors", INTERPRETED_MULTIPROCESSORS))
+        stack.enter_context(mock.patch.object(launch, "_multiprocessors", return_value=MULTIPROCESSORS))
         yield

@@ -7,7 +7,6 @@ alignments and constants of its real arguments, and is not run. The assembler an
 from __future__ import annotations
 
 import functools
-import os
 import re
 import subprocess
 import tempfile
@@ -27,7 +26,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 
 
 class Code(NamedTuple):
-    """What a kernel became. Widths are bits for each thread; 0 where there is no such access."""
+    """What a kernel became. Widths are bits for each thread: 0 where there is no such access, None where not read."""
 
     kernel: str
     target: str
@@ -35,17 +34,19 @@ class Code(NamedTuple):
     registers: int
     #: Bytes of stack and local memory for each thread: registers that did not fit.
     spills: int
-    widest_load: int
-    widest_store: int
+    widest_load: int | None
+    widest_store: int | None
     #: The part of the bytes in load and store instructions that accesses of 128 bits or more carry.
-    wide: float
+    wide: float | None
 
 
 @contextmanager
-def compiled(targets: Sequence[str] = tuple(TARGETS)) -> Iterator[list[Code]]:
+def compiled(
+    targets: Sequence[str] = tuple(TARGETS), disassembled: Sequence[str] = tuple(TARGETS)
+) -> Iterator[list[Code]]:
     """Compile every Triton launch inside the block for ``targets`` instead of running it.
 
-    Pass tensors on the ``meta`` device: nothing reads them.
+    Pass tensors on the ``meta`` device: nothing reads them. NVIDIA code that is not ``disassembled`` has no widths.
 
     Raises:
         RuntimeError: if Triton was imported with TRITON_INTERPRET=1.
@@ -63,7 +64,8 @@ def compiled(targets: Sequence[str] = tuple(TARGETS)) -> Iterator[list[Code]]:
     def compile_for_all(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         for target in targets:
             stand_in.target = target
-            codes.append(_read(target, launch(self, *args, grid=grid, warmup=True, **kwargs)))
+            kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+            codes.append(_read(target, kernel, target in disassembled))
 
     with mock.patch.object(JITFunction, "run", compile_for_all), mock.patch.object(driver, "_active", stand_in):
         yield codes
@@ -86,47 +88,51 @@ class _StandIn:
         return 0
 
 
-def _read(target: str, kernel: Any) -> Code:
+#: Width in bits of each load, and of each store.
+_Accesses = dict[str, list[int]]
+
+
+def _read(target: str, kernel: Any, disassembled: bool) -> Code:
+    accesses: _Accesses | None
     if "cubin" in kernel.asm:
-        registers, spills, instructions = _read_cubin(kernel.asm["cubin"])
+        registers, spills = _resources(kernel.asm["cubin"])
+        accesses = _nvidia_accesses(kernel.asm["cubin"]) if disassembled else None
     else:
-        registers, spills, instructions = _read_amdgcn(kernel.asm["amdgcn"])
-    loads = [width for is_load, width in instructions if is_load]
-    stores = [width for is_load, width in instructions if not is_load]
-    widths = loads + stores
-    return Code(
-        kernel=kernel.metadata.name,
-        target=target,
-        warps=kernel.metadata.num_warps,
-        registers=registers,
-        spills=spills,
-        widest_load=max(loads, default=0),
-        widest_store=max(stores, default=0),
-        wide=sum(width for width in widths if width >= 128) / max(sum(widths), 1),
-    )
+        registers, spills, accesses = _read_amdgcn(kernel.asm["amdgcn"])
+    widest_load = widest_store = wide = None
+    if accesses is not None:
+        widest_load, widest_store = max(accesses["load"], default=0), max(accesses["store"], default=0)
+        widths = accesses["load"] + accesses["store"]
+        wide = sum(width for width in widths if width >= 128) / max(sum(widths), 1)
+    name, warps = kernel.metadata.name, kernel.metadata.num_warps
+    return Code(name, target, warps, registers, spills, widest_load, widest_store, wide)
 
 
-_Accesses = list[tuple[bool, int]]
-
-
-@functools.cache
-def _read_cubin(cubin: bytes) -> tuple[int, int, _Accesses]:
+def _cuobjdump(cubin: bytes, option: str) -> str:
     from triton.backends import nvidia
 
-    cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    program = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [os.fspath(cuobjdump), "--dump-resource-usage", "--dump-sass", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run([program, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+@functools.cache
+def _resources(cubin: bytes) -> tuple[int, int]:
+    text = _cuobjdump(cubin, "--dump-resource-usage")
     usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
     if usage is None:
         raise RuntimeError(f"cuobjdump named no resource usage; it printed:\n{text[:500]}")
-    accesses = [
-        (kind == "LDG", _nvidia_width(modifiers))
-        for kind, modifiers in re.findall(r"\b(LDG|STG)((?:\.\w+)+)", text)
-    ]
-    return int(usage[1]), int(usage[2]) + int(usage[3]), accesses
+    return int(usage[1]), int(usage[2]) + int(usage[3])
+
+
+@functools.cache
+def _nvidia_accesses(cubin: bytes) -> _Accesses:
+    found: _Accesses = {"load": [], "store": []}
+    for kind, modifiers in re.findall(r"\b(LDG|STG)((?:\.\w+)+)", _cuobjdump(cubin, "--dump-sass")):
+        found["load" if kind == "LDG" else "store"].append(_nvidia_width(modifiers))
+    return found
 
 
 def _nvidia_width(modifiers: str) -> int:
@@ -145,8 +151,7 @@ def _read_amdgcn(text: str) -> tuple[int, int, _Accesses]:
             raise RuntimeError(f"the AMD assembly has no .{name}")
         return int(found[1])
 
-    accesses = [
-        (kind == "load", _AMD_WIDTHS[width])
-        for kind, width in re.findall(r"\b(?:global|buffer)_(load|store)_[us]?(byte|short|dwordx[234]|dword)\b", text)
-    ]
-    return metadata("vgpr_count"), metadata("private_segment_fixed_size"), accesses
+    found: _Accesses = {"load": [], "store": []}
+    for kind, width in re.findall(r"\b(?:global|buffer)_(load|store)_[us]?(byte|short|dwordx[234]|dword)\b", text):
+        found[kind].append(_AMD_WIDTHS[width])
+    return metadata("vgpr_count"), metadata("private_segment_fixed_size"), found

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -51,7 +50,9 @@ def metered() -> Iterator[Meter]:
     from triton.runtime import interpreter
 
     if not knobs.runtime.interpret:
-        raise RuntimeError("traffic is counted in Triton's interpreter; set TRITON_INTERPRET=1 before triton is imported")
+        raise RuntimeError(
+            "traffic is counted in Triton's interpreter; set TRITON_INTERPRET=1 before triton is imported"
+        )
     meter = Meter()
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     with ExitStack() as stack:

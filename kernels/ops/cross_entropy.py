@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import fused, vjp
-from ..op import Call, Draw, ErrorInput, Op, Traffic
+from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -266,6 +266,15 @@ def _traffic(itemsize: int, *, N: int, C: int, weight: bool = False, spatial: bo
     )
 
 
+_SHARED_WEIGHTS = "every row reads the class weights again; caches serve them"
+_COPIED_WEIGHTS = "classes along another dim are copied together first, and every row reads the class weights again"
+_EXCESS = {
+    ("weighted, smoothed", "forward"): Excess(1.75, _SHARED_WEIGHTS),
+    ("weighted, smoothed", "backward"): Excess(1.40, _SHARED_WEIGHTS),
+    ("everything, N-D", "forward"): Excess(3.80, _COPIED_WEIGHTS),
+    ("everything, N-D", "backward"): Excess(1.45, _SHARED_WEIGHTS),
+}
+
 CROSS_ENTROPY = Op(
     name="cross_entropy",
     fn=cross_entropy,
@@ -274,7 +283,9 @@ CROSS_ENTROPY = Op(
     inputs=_inputs,
     dims={"N": (0, 1, 2, 5, 129), "C": (1, 2, 10, 31, 33, 127, 129, 256, 1025, 4096, 4097, 10_001)},
     bench=({"N": 4096, "C": 32_000}, {"N": 8192, "C": 256}),
+    audit=({"N": 32, "C": 8192}, {"N": 8192, "C": 256}, {"N": 4096, "C": 262_144}),
     traffic=_traffic,
+    excess=_EXCESS,
     flops=lambda N, C: 4 * N * C,
     aten=_aten,
     errors=_errors,

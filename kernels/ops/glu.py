@@ -213,6 +213,7 @@ def _traffic(itemsize: int, *, N: int, D: int, **_: Any) -> Traffic:
 
 _DIMS = {"N": (0, 1, 2, 33, 129), "D": (0, 1, 31, 32, 33, 127, 1023, 1025, 2048, 2049)}
 # SmolLM2-135M and Llama-3.1-8B.
+_AUDIT = ({"N": 64, "D": 1536}, {"N": 2048, "D": 14_336})
 _BENCH = ({"N": 2048, "D": 1536}, {"N": 2048, "D": 14_336})
 
 
@@ -229,6 +230,7 @@ GLU_OP = Op(
     inputs=_inputs,
     dims=_DIMS,
     bench=_BENCH,
+    audit=_AUDIT,
     traffic=_traffic,
     flops=_flops,
     aten=_aten,
@@ -251,6 +253,7 @@ PACKED_GLU = Op(
     inputs=_packed_inputs,
     dims=_DIMS,
     bench=_BENCH,
+    audit=_AUDIT,
     traffic=_traffic,
     flops=_flops,
     aten=_packed_aten,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import Gradients, fused
-from ..op import Call, Draw, ErrorInput, Op, Traffic
+from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 
 
 def reference(x: Tensor, mask: Tensor | None, *, scale: float, causal: bool) -> Tensor:
@@ -169,6 +169,15 @@ def _traffic(
     return Traffic(forward=read + size + mask_bytes, backward=2 * read + size + (mask_bytes if mask == "bias" else 0))
 
 
+_EXCESS = {
+    ("causal, padded keys", "forward"): Excess(1.25, "every row reads the one mask of its keys; caches serve it"),
+    ("floating mask", "backward"): Excess(
+        3.01, "the gradient of a mask that may broadcast is kept for each row in float32, then summed by PyTorch"
+    ),
+    ("dim 1", "forward"): Excess(2.01, "rows along another dim are copied together first"),
+    ("dim 1", "backward"): Excess(1.68, "rows along another dim are copied together first"),
+}
+
 SOFTMAX = Op(
     name="softmax",
     fn=softmax,
@@ -177,7 +186,9 @@ SOFTMAX = Op(
     inputs=_inputs,
     dims={"B": (0, 1, 3), "Q": (1, 2, 5, 33), "K": (1, 31, 32, 33, 127, 129, 1023, 1025, 16_384, 16_385)},
     bench=({"B": 128, "Q": 512, "K": 512}, {"B": 1, "Q": 4096, "K": 1024}, {"B": 1, "Q": 4096, "K": 4096}),
+    audit=({"B": 1, "Q": 256, "K": 512}, {"B": 1, "Q": 4096, "K": 4096}, {"B": 1, "Q": 64, "K": 262_144}),
     traffic=_traffic,
+    excess=_EXCESS,
     flops=lambda B, Q, K: 5 * B * Q * K,
     aten=_aten,
     errors=_errors,

@@ -1,0 +1,106 @@
+"""``python -m braze.benchmarks kernels``: every Triton kernel judged on a machine with no GPU.
+
+Traffic comes from Triton's interpreter, machine code from its compiler (``braze.kernels.audit``). Each row of the
+table is one kernel of one pass and says the worst that was found over the variants, dtypes and sizes; ``--json`` keeps
+them apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from braze.kernels.audit.child import audit
+from braze.kernels.audit.machine_code import TARGETS
+
+from .records import Record
+
+#: Above this ratio a reason must stand beside the operator.
+ALLOWED = 1.02
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add nothing: ``--quick`` and ``--json`` say it all."""
+
+
+def run(arguments: argparse.Namespace) -> list[Record]:
+    """Audit, print the tables, and return one record for each pass (traffic) and each kernel and target (code)."""
+    columns = (TextColumn("{task.description:13}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console()
+    with Progress(*columns, console=console) as bar:
+        whats: tuple[Literal["traffic", "code"], ...] = ("traffic", "code")
+        records = [
+            record
+            for what, label in zip(whats, ("bytes moved", "machine code"), strict=True)
+            for record in audit(what, quick=arguments.quick, progress=_onto(bar, label))
+        ]
+    if not console.is_terminal:
+        console.width = 170
+    console.print(_kernels(records))
+    console.print(_reasons(records))
+    return [{**record, "shape": _shape(record["shape"])} for record in records]
+
+
+def _onto(bar: Progress, label: str) -> Callable[[int, int], None]:
+    task = bar.add_task(label, total=None)
+    return lambda done, calls: bar.update(task, completed=done, total=calls)
+
+
+def _kernels(records: Iterable[Record]) -> Table:
+    table = Table(title="Worst over variants, dtypes and sizes: registers, bytes spilled, widest load | store in bits")
+    for name in ("op", "pass", "kernel"):
+        table.add_column(name, no_wrap=True)
+    for name in ("bytes ÷ least", *TARGETS):
+        table.add_column(name, justify="right", no_wrap=True)
+    ratios: dict[tuple[str, str], list[float]] = {}
+    codes: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
+    for record in records:
+        place = record["op"], record["pass"]
+        if record["measure"] == "traffic":
+            ratios.setdefault(place, []).append(record["ratio"])
+        else:
+            codes.setdefault((*place, record["kernel"]), {}).setdefault(record["target"], []).append(record)
+    before = None
+    for (op, which, kernel), targets in codes.items():
+        first = before != (op, which)
+        if before is not None and before[0] != op:
+            table.add_section()
+        before = op, which
+        found = ratios.get(before, [])
+        # The plain call comes first; where a variant moves more, the second table says why.
+        ratio = f"{found[0]:.3f}" + (f" ({max(found):.3f})" if max(found) > ALLOWED else "") if found else "-"
+        cells = [_summary(targets.get(target, [])) for target in TARGETS]
+        table.add_row(op if first else "", which if first else "", kernel, ratio if first else "", *cells)
+    return table
+
+
+def _summary(codes: list[Record]) -> str:
+    if not codes:
+        return "-"
+    worst = [max(code[name] for code in codes) for name in ("registers", "spills")]
+    cell = f"{worst[0]} regs, {worst[1]} spilled"
+    read = [code for code in codes if code["widest_load"] is not None]
+    if read:
+        cell += f", {min(code['widest_load'] for code in read)} | {min(code['widest_store'] for code in read)}"
+    return cell
+
+
+def _reasons(records: Iterable[Record]) -> Table:
+    table = Table(title=f"Where more than {ALLOWED} times the least bytes move, and why")
+    for name in ("op", "pass", "variant", "dtype", "shape", "bytes ÷ least", "reason"):
+        table.add_column(name)
+    for record in records:
+        if record["measure"] == "traffic" and record["ratio"] > ALLOWED:
+            facts = (record[name] for name in ("op", "pass", "variant", "dtype"))
+            reason = record["reason"] or "[bold red]none stated[/]"
+            table.add_row(*facts, _shape(record["shape"]), f"{record['ratio']:.3f}", reason)
+    return table
+
+
+def _shape(dims: dict[str, Any]) -> str:
+    return " ".join(f"{name}={size}" for name, size in dims.items())

@@ -1,0 +1,111 @@
+"""The kernels, judged with no GPU: bytes, spills, access width, targets. And the audit itself, on known kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from braze.kernels import OPS
+from braze.kernels.audit.child import audit
+from braze.kernels.audit.machine_code import TARGETS
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed: no kernel to audit"
+    ),
+    # One process audits for all of these tests.
+    pytest.mark.xdist_group("kernel audit"),
+]
+KERNELS = [op for op in OPS if "triton" in op.impls]
+each_op = pytest.mark.parametrize("op", KERNELS, ids=str)
+each_pass = pytest.mark.parametrize("which", ["forward", "backward"])
+
+
+@cache
+def audited(what: str) -> list[dict[str, Any]]:
+    return audit(what, quick=True)
+
+
+def records(what: str, op: Any, which: str) -> list[dict[str, Any]]:
+    found = [r for r in audited(what) if r["op"] == op.name and r["pass"] == which]
+    assert found, f"the audit of {what} has nothing on the {which} pass of {op}"
+    return found
+
+
+@each_op
+@each_pass
+def test_moves_the_least_bytes_or_says_why(op, which):
+    for record in records("traffic", op, which):
+        call = f"{record['variant']} {record['dtype']} {record['shape']}"
+        # Rows that are ignored are not read, which the least does not know; a launch that is not seen moves nothing.
+        assert record["ratio"] > 0.7, call
+        assert record["ratio"] <= (record["allowed_ratio"] or 1.02), call
+
+
+@each_op
+def test_stated_reasons_are_needed(op):
+    for (variant, which), excess in op.excess.items():
+        ratios = [r["ratio"] for r in records("traffic", op, which) if r["variant"] == variant]
+        assert ratios, f"{op} states a reason for {variant!r}, which it has not"
+        assert max(ratios) > 1.02, f"{op} {variant} {which} no longer needs: {excess.reason}"
+
+
+@each_op
+@each_pass
+def test_no_register_spills_on_any_target(op, which):
+    found = records("code", op, which)
+    assert {r["target"] for r in found} == set(TARGETS)
+    assert [r for r in found if r["spills"]] == []
+
+
+@each_op
+@each_pass
+def test_memory_is_accessed_128_bits_at_a_time(op, which):
+    traffic = records("traffic", op, which)[0]
+    for target in ("sm_90", "gfx942"):
+        calls: dict[str, list[dict[str, Any]]] = {}
+        for record in records("code", op, which):
+            if record["target"] == target and record["widest_load"] is not None:
+                calls.setdefault(f"{record['variant']} {record['dtype']} {record['shape']}", []).append(record)
+        assert calls
+        for call, kernels in calls.items():
+            assert all(r["widest_load"] >= 128 for r in kernels), (call, kernels)
+            # Some kernels only write a number for each row.
+            if traffic["bytes_written"] > traffic["bytes"] / 20:
+                assert max(r["widest_store"] for r in kernels) >= 128, (call, kernels)
+
+
+def meter(what: str) -> Any:
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if what == "traffic" else "0"}
+    command = [sys.executable, str(Path(__file__).with_name("audit_meter.py")), what]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_meter_counts_known_bytes():
+    found = meter("traffic")
+    assert found["copy"] == {"read": 4000, "written": 4000}
+    assert found["copy twice"] == {"read": 8000, "written": 4000}
+    assert found["atomic"]["read"] == found["atomic"]["written"] == 8 * 4
+    assert found["plain operations"] == {"read": 4000, "written": 4000}
+
+
+def test_the_machine_code_of_known_kernels_is_read_right():
+    found = meter("code")
+    for target in TARGETS:
+        assert found["copy"][target]["spills"] == 0
+        assert found["copy"][target]["widest_load"] == found["copy"][target]["widest_store"] == 128
+        assert found["copy"][target]["wide"] == 1.0
+        assert found["strided_copy"][target]["widest_load"] == found["strided_copy"][target]["widest_store"] == 32
+        assert found["strided_copy"][target]["wide"] == 0.0
+    for target in ("sm_80", "sm_90", "sm_100"):
+        assert found["hoard"][target]["spills"] > 0
