@@ -1,7 +1,7 @@
 """``python -m braze.benchmarks kernels``: every Triton kernel judged on a machine with no GPU.
 
-Traffic comes from Triton's interpreter, machine code from its compiler (``braze.kernels.audit``). Each row of the table is
-one kernel of one pass and says the worst that was found over the variants, dtypes and sizes; ``--json`` keeps them apart.
+Traffic comes from Triton's interpreter, machine code from its compiler (``braze.kernels.audit``). Each row of the table
+is one kernel of one pass and says the worst that was found over variants, dtypes and sizes; ``--json`` keeps them apart.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from braze.kernels.audit.child import audit
-from braze.kernels.audit.machine_code import TARGETS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from braze.kernels.audit.child import audit
+from braze.kernels.audit.machine_code import TARGETS
 
 from .records import Record
 

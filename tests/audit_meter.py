@@ -1,4 +1,4 @@
-"""Kernels whose bytes and registers are known, and what the audit says of them: ``python audit_meter.py traffic|code``."""
+"""Kernels whose bytes and registers are known, and what the audit says: ``python audit_meter.py traffic|code``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import torch
 import triton
 import triton.language as tl
+
 from braze.kernels.audit.machine_code import compiled
 from braze.kernels.audit.traffic import metered
 

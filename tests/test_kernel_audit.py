@@ -1,4 +1,4 @@
-"""The kernels, judged with no GPU: bytes moved, spills, access width, targets. And the audit itself, on known kernels."""
+"""The kernels, judged with no GPU: bytes moved, spills, access width. And the audit itself, on known kernels."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from braze.kernels import OPS
 from braze.kernels.audit.child import audit
 from braze.kernels.audit.machine_code import TARGETS
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: no kernel to audit"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed: no kernel to audit"
+    ),
     # One process audits for all of these tests.
     pytest.mark.xdist_group("kernel audit"),
 ]

@@ -32,7 +32,9 @@ def add_reference(
     return row_norm.add_reference(x, residual, weight, None, eps=eps, weight_offset=weight_offset, center=False)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float | None = None, weight_offset: float = 0.0) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, *, eps: float | None = None, weight_offset: float = 0.0
+) -> Tensor:
     """Root-mean-square normalization over the last dim: ``x / √(mean(x²) + eps) · (weight + weight_offset)``.
 
     Computed in float32 and rounded once, so it is at least as accurate as forms that round before the weight.
