@@ -4,7 +4,7 @@ PYTHON_OLDEST ?= python3.12
 BIN := .venv/bin/python
 BIN_OLDEST := .venv-oldest/bin/python
 # One process per core; each test process computes on one thread.
-PYTEST := -m pytest -n auto --dist worksteal
+PYTEST := -m pytest -n auto --dist loadgroup
 
 .PHONY: help venv demo test test-oldest lint bench gpu clean
 

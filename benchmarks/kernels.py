@@ -1,7 +1,8 @@
 """``python -m braze.benchmarks kernels``: every Triton kernel judged on a machine with no GPU.
 
-Traffic comes from Triton's interpreter, machine code from its compiler (``braze.kernels.audit``). Each row of the table
-is one kernel of one pass and says the worst that was found over variants, dtypes and sizes; ``--json`` keeps them apart.
+Traffic comes from Triton's interpreter, machine code from its compiler (``braze.kernels.audit``). Each row of the
+table is one kernel of one pass and says the worst that was found over the variants, dtypes and sizes; ``--json`` keeps
+them apart.
 """
 
 from __future__ import annotations

@@ -28,5 +28,5 @@ class Result:
     tensor_bytes: int = 0
     #: The most memory that the process held at any time, libraries and compiler included.
     process_bytes: int = 0
-    #: (class, status, reason) of every module that the report names.
-    report: list[tuple[str, str, str]] = field(default_factory=list)
+    #: (class, status, reason) of every joint that ``fuse`` found.
+    joints: list[tuple[str, str, str]] = field(default_factory=list)

@@ -34,6 +34,8 @@ def run(connection: Connection, task: str, precision: Precision, fused: bool, st
     """Train, then send the :class:`Result`; a string instead is a traceback."""
     try:
         connection.send(_train(connection, task, precision, fused, steps))
+    except EOFError:
+        pass  # the one who gives the turns is gone
     except Exception:
         connection.send(traceback.format_exc())
 
@@ -74,7 +76,7 @@ def _train(connection: Connection, name: str, precision: Precision, fused: bool,
         1 if sys.platform == "darwin" else 1024
     )
     if plugin:
-        result.report = [(record.was, record.status, record.reason) for record in plugin.report]
+        result.joints = [(record.was, record.status, record.reason) for record in plugin.report or ()]
     return result
 
 

@@ -35,14 +35,14 @@ def fused(
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, forward, backward, second, options, *tensors):  # type: ignore[override]
+    def forward(ctx, forward, backward, second, options, *tensors):
         outputs, saved = forward(*tensors, **options)
         ctx.save_for_backward(*saved)
         ctx.backward, ctx.second, ctx.options = backward, second, options
         return outputs
 
     @staticmethod
-    def backward(ctx, *grads):  # type: ignore[override]
+    def backward(ctx, *grads):
         needs = ctx.needs_input_grad[4:]
         # Batched cotangents (is_grads_batched) and lazily negated ones are more than the memory that a kernel reads.
         batched = any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
@@ -60,7 +60,7 @@ def vjp(reference: Callable[..., Any]) -> Callable[..., Gradients]:
     ) -> Gradients:
         # Aliases cut the graph off: without them the gradient would flow on into the history of the inputs, where one
         # input may have been computed from another.
-        inputs = [t if t is None else t.view_as(t) for t in saved[: len(needs)]]
+        inputs: list[Any] = [t if t is None else t.view_as(t) for t in saved[: len(needs)]]
         outputs = reference(*inputs, **options)
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))

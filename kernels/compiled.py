@@ -70,6 +70,8 @@ def _specialization(function: types.FunctionType, kind: tuple[Any, ...]) -> Call
     # Dynamo counts recompiles per code object and falls back to eager, in silence, after eight. Each kind of call gets
     # a code object of its own, so only sizes can recompile, and dynamic=True covers those.
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
-    copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copy = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
     copy.__kwdefaults__ = function.__kwdefaults__
     return torch.compile(copy, dynamic=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Call(NamedTuple):
     """The arguments of one call: ``fn(*args, **kwargs)``."""
 
     args: tuple[Any, ...]
-    kwargs: dict[str, Any] = {}
+    kwargs: Mapping[str, Any] = MappingProxyType({})
 
 
 class ErrorInput(NamedTuple):

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from braze.kernels import FusionReport
 from braze.kernels import fuse as fuse_model
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -36,7 +37,7 @@ class FusedPrecision(FSDPPrecision):
             floating-point inputs are cast to bfloat16).
         fuse: "auto" swaps every module whose fused form passes its check; "off" swaps none, which leaves Lightning's
             own behaviour in that precision.
-        skip: modules to leave alone, as ``braze.kernels.fuse`` takes them.
+        skip: paths (with wildcards) or operators to leave alone, as ``braze.kernels.fuse`` takes them.
 
     Raises:
         ValueError: if precision or fuse is none of the above.
@@ -60,7 +61,7 @@ class FusedPrecision(FSDPPrecision):
         super().__init__(unified)  # type: ignore[arg-type]
         self.fuse = fuse
         self.skip = tuple(skip)
-        self.report: Any = None
+        self.report: FusionReport | None = None
         self._device_type = "cpu"
         self._sharded = False
 

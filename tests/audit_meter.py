@@ -1,4 +1,4 @@
-"""Kernels whose bytes and registers are known, and what the audit says: ``python audit_meter.py traffic|code``."""
+"""Kernels of known bytes and registers, and what the audit says of them: ``python audit_meter.py traffic|code``."""
 
 from __future__ import annotations
 

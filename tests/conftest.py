@@ -1,4 +1,4 @@
-"""Test-wide setup. It comes before braze or Triton is imported: Triton reads TRITON_INTERPRET when kernels are defined."""
+"""Test-wide setup, before braze or Triton is imported: Triton reads TRITON_INTERPRET when a kernel is defined."""
 
 import os
 

@@ -6,8 +6,8 @@ dtype under test. An implementation may be wrong by
     slack · (the error of plain + one rounding step of the result's scale)
 
 elementwise, for every output and every input gradient, where the scale is the largest magnitude in that result.
-The error of ``plain`` is a random number, and on a small tensor sometimes zero by luck; it is therefore the largest of a
-few runs on rescaled copies of the inputs. Nothing else is tunable: there is no tolerance to widen.
+The error of ``plain`` is a random number, and on a small tensor sometimes zero by luck; it is therefore the largest
+of a few runs on rescaled copies of the inputs. Nothing else is tunable: there is no tolerance to widen.
 """
 
 from __future__ import annotations
@@ -158,9 +158,7 @@ def _results(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], leav
     return Results(values)
 
 
-def _compare(
-    case: Case, call: Call, cotangents: list[Tensor], got: Results, derive: Callable[..., Results]
-) -> None:
+def _compare(case: Case, call: Call, cotangents: list[Tensor], got: Results, derive: Callable[..., Results]) -> None:
     truth, plain = _reference_runs(case, call, cotangents, derive, 1.0)
     runs = [_reference_runs(case, call, cotangents, derive, s) for s in RESCALED[1:]]
     for name, value in got.values.items():
@@ -177,9 +175,7 @@ def _compare(
         finite = ~special & wanted.isfinite()
         if not finite.any():
             continue
-        own_error = max(
-            _error(p.values[name], t.values[name]) for t, p in [(truth, plain), *runs]
-        )
+        own_error = max(_error(p.values[name], t.values[name]) for t, p in [(truth, plain), *runs])
         info = torch.finfo(value.dtype)
         step = info.eps * wanted[finite].abs().max().item() + info.smallest_normal * info.eps
         budget = case.op.slack * (own_error + step)

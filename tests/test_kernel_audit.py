@@ -1,4 +1,4 @@
-"""The kernels, judged with no GPU: bytes moved, spills, access width. And the audit itself, on known kernels."""
+"""The kernels, judged with no GPU: bytes, spills, access width, targets. And the audit itself, on known kernels."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
@@ -10,16 +11,16 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .gated_mlp import GatedMLP, small_sizes
+from .gated_mlp import GatedMLP
 from .joint import Joint, fused_class, fusion
-from .losses import CrossEntropy, SoftmaxModule
+from .losses import CausalLoss, CrossEntropy, SoftmaxModule
 from .norms import Norm
 from .report import FusionReport, Record
 from .rotary import Rotary
 from .sample import Refused, Sample, quiet
 from .verify import Check, verify
 
-JOINTS: tuple[type[Joint], ...] = (Norm, GatedMLP, Rotary, CrossEntropy, SoftmaxModule)
+JOINTS: tuple[type[Joint], ...] = (Norm, GatedMLP, Rotary, CrossEntropy, SoftmaxModule, CausalLoss)
 
 Choice = str | type[nn.Module]
 
@@ -85,12 +86,13 @@ def unfuse(model: nn.Module) -> None:
     Raises:
         RuntimeError: if a fused module's class has been changed again since (as FSDP does); nothing is changed then.
     """
-    swaps = []
+    swaps: list[tuple[nn.Module, type]] = []
     for path, module in model.named_modules():
         made = fusion(module)
         if made is None:
             continue
-        if type(module) is not fused_class(*made):
+        unchanged = type(module) is fused_class(*made)
+        if not unchanged:
             raise RuntimeError(
                 f"unfuse: the class of {path or 'the model'} must be the one that fuse gave it, got "
                 f"{type(module).__name__}, made from it; undo that change first"
@@ -139,16 +141,15 @@ def _look(module: nn.Module, root: nn.Module, known: dict[Hashable, Outcome]) ->
 
 
 def _examine(joint_type: type[Joint], module: nn.Module, root: nn.Module) -> Outcome:
-    if joint_type is GatedMLP:
-        outcome = _attempt(joint_type, module, root, small_sizes(module))
+    outcome = Outcome(None)
+    for sizes in joint_type.sizes(module):
+        outcome = _attempt(joint_type, module, root, sizes)
         if outcome.joint is not None:
-            return outcome
-    return _attempt(joint_type, module, root, None)
+            break
+    return outcome
 
 
-def _attempt(
-    joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes: dict[int, int] | None
-) -> Outcome:
+def _attempt(joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes: dict[int, int] | None) -> Outcome:
     joint = None
     try:
         sample = Sample(module, root, sizes)
@@ -156,7 +157,9 @@ def _attempt(
         if joint is None:
             return Outcome(None, "it computes something else" if _named_like(module, joint_type) else "")
         original, fused = joint.trial(sample)
-        return Outcome(joint, "", verify(original, fused, joint.draws(sample), sample.dtype, joint.exact))
+        return Outcome(
+            joint, "", verify(original, fused, functools.partial(joint.draws, sample), sample.dtype, joint.exact)
+        )
     except Refused as refused:
         close = joint is not None or _named_like(module, joint_type)
         return Outcome(None, str(refused) if close else "")

@@ -6,10 +6,9 @@ activation and the product become one operator.
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.glu import glu
-from .joint import Joint, fused_class, own_forward, takes
+from .joint import Joint, own_forward, takes
 from .sample import Draw, Exactly, Refused, Sample
+
+#: Parameters of the largest module that is copied at its full size.
+LARGEST_COPY = 2**22
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid")
 
@@ -38,11 +40,19 @@ class GatedMLP(Joint):
     @classmethod
     def suits(cls, module: nn.Module) -> bool:
         """Three linear children, two of one shape and one of the transposed shape."""
-        shapes = sorted((c.in_features, c.out_features) for c in module.children() if _linear(c))  # type: ignore[misc]
+        shapes = sorted(_shape(child) for child in module.children() if _linear(child))
         if len(shapes) != 3:
             return False
         first, middle, last = shapes
         return middle in (first, last) and (first[::-1] == last)
+
+    @classmethod
+    def sizes(cls, module: nn.Module) -> Sequence[dict[int, int] | None]:
+        """48 features in and 80 inside; if the module insists on its own sizes and is not large, those."""
+        outer = features(module)
+        inside = {size for child in module.children() if _linear(child) for size in _shape(child)} - {outer}
+        small = {outer: 48} | dict.fromkeys(inside, 80)
+        return (small, {}) if sum(p.numel() for p in module.parameters()) <= LARGEST_COPY else (small,)
 
     @classmethod
     def recognise(cls, sample: Sample) -> GatedMLP | None:
@@ -64,11 +74,11 @@ class GatedMLP(Joint):
             if not isinstance(y, Tensor) or y.shape != x.shape:
                 return None
             for gate, up, down in itertools.permutations(linear):
-                if linear[gate].out_features != linear[down].in_features:
+                if _shape(linear[gate]) != _shape(linear[up]) or _shape(linear[gate]) != _shape(linear[down])[::-1]:
+                    continue
+                if _shape(linear[gate])[0] != x.shape[-1]:
                     continue
                 g, u = linear[gate](x), linear[up](x)
-                if g.shape != u.shape or g.shape[-1] != linear[down].in_features:
-                    continue
                 for activation in ACTIVATIONS:
                     expected = linear[down](glu(g, u, activation=activation))
                     if (y - expected).abs().max() <= 1e-6 * expected.abs().max():
@@ -89,13 +99,7 @@ class GatedMLP(Joint):
 
         return {"forward": forward}
 
-    def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
-        """The sample, and the same in the fused class."""
-        fused = copy.deepcopy(sample.module)
-        fused.__class__ = fused_class(type(fused), self)
-        return sample.module, fused
-
-    def draws(self, sample: Sample) -> Iterable[Draw]:
+    def draws(self, sample: Sample) -> list[Draw]:
         """Scales on both sides of the activation's bend."""
         width = features(sample.module)
         return [
@@ -108,14 +112,11 @@ class GatedMLP(Joint):
 
 def features(module: nn.Module) -> int:
     """The input features: those that two of the three linear children take, or all three."""
-    inputs = sorted(child.in_features for child in module.children() if _linear(child))
-    return int(inputs[1])  # type: ignore[call-overload]
+    return sorted(_shape(child)[0] for child in module.children() if _linear(child))[1]
 
 
-def small_sizes(module: nn.Module) -> dict[int, int]:
-    """Feature counts of a sample small enough to verify on: 48 in, 80 inside."""
-    inside = {child.out_features for child in module.children() if _linear(child)} - {features(module)}
-    return {features(module): 48} | {int(n): 80 for n in inside}  # type: ignore[call-overload]
+def _shape(linear: Any) -> tuple[int, int]:
+    return linear.in_features, linear.out_features
 
 
 def _linear(module: nn.Module) -> bool:

@@ -7,11 +7,11 @@ that belongs to one instance. So a fused class follows from (original class, joi
 
 from __future__ import annotations
 
+import copy
 import copyreg
-import functools
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -38,6 +38,11 @@ class Joint(ABC):
         return kind(module)
 
     @classmethod
+    def sizes(cls, module: nn.Module) -> Sequence[dict[int, int] | None]:
+        """Attempts at a sample: the feature counts to shrink, or None where the module itself need not be copied."""
+        return ({},)
+
+    @classmethod
     @abstractmethod
     def recognise(cls, sample: Sample) -> Joint | None:
         """The joint that the sample behaves as, or None. Raises Refused to say more."""
@@ -46,12 +51,14 @@ class Joint(ABC):
     def members(self, original: type) -> dict[str, Any]:
         """What the fused subclass of ``original`` overrides."""
 
-    @abstractmethod
     def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
         """(original, fused), with equal parameters, to be compared on numbers."""
+        fused = copy.deepcopy(sample.module)
+        fused.__class__ = fused_class(type(fused), self)
+        return sample.module, fused
 
     @abstractmethod
-    def draws(self, sample: Sample) -> Iterable[Draw]:
+    def draws(self, sample: Sample) -> list[Draw]:
         """Inputs to compare them on."""
 
     def exact(self, original: nn.Module) -> nn.Module:
@@ -72,12 +79,16 @@ def fusion(module: nn.Module) -> Fusion | None:
     return found
 
 
-@functools.cache
+_made: dict[tuple[type, Joint], type] = {}
+
+
 def fused_class(original: type, joint: Joint) -> type:
     """The subclass of ``original`` that runs the fused operator; the same one each time."""
+    if (original, joint) in _made:
+        return _made[original, joint]
 
     def __reduce_ex__(self: nn.Module, protocol: int) -> Any:
-        make, arguments, *rest = original.__reduce_ex__(self, max(protocol, 2))  # type: ignore[misc]
+        make, arguments, *rest = super(fused, self).__reduce_ex__(max(protocol, 2))  # type: ignore[arg-type]
         if make is copyreg.__newobj__ and arguments == (fused,):  # type: ignore[attr-defined]
             return (_rebuild, (original, joint), *rest)
         return (make, arguments, *rest)
@@ -87,12 +98,12 @@ def fused_class(original: type, joint: Joint) -> type:
     fused = types.new_class(
         original.__name__, (original,), exec_body=lambda space: space.update(names | extra | joint.members(original))
     )
-    return fused
+    return _made.setdefault((original, joint), fused)
 
 
 def _rebuild(original: type, joint: Joint) -> nn.Module:
     fused = fused_class(original, joint)
-    module: nn.Module = fused.__new__(fused)
+    module: nn.Module = object.__new__(fused)
     return module
 
 

@@ -1,18 +1,23 @@
-"""``nn.CrossEntropyLoss`` and ``nn.Softmax``, and subclasses that keep their forward."""
+"""``nn.CrossEntropyLoss``, ``nn.Softmax``, and the next-token loss of a language model.
+
+The first two are recognised by their forward, which must be torch's own. The third is what a model's ``loss_function``
+property answers (as in Hugging Face models), recognised by what it computes.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+import inspect
+import types
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops.cross_entropy import cross_entropy
 from ..ops.softmax import softmax
-from .joint import Joint, fused_class, takes
+from .joint import Joint, takes
 from .sample import Draw, Sample
 
 
@@ -30,12 +35,6 @@ class _Stateless(Joint):
     def recognise(cls, sample: Sample) -> Joint | None:
         """Nothing is left to find."""
         return cls()
-
-    def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
-        """The sample, and the same in the fused class."""
-        fused = copy.deepcopy(sample.module)
-        fused.__class__ = fused_class(type(fused), self)
-        return sample.module, fused
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,10 @@ class CrossEntropy(_Stateless):
 
         return {"forward": forward}
 
-    def draws(self, sample: Sample) -> Iterable[Draw]:
+    def draws(self, sample: Sample) -> list[Draw]:
         """Logits of a few scales; one ignored target."""
         module = sample.module
+        assert isinstance(module, nn.CrossEntropyLoss)
         classes = 11 if module.weight is None else len(module.weight)
         generator = sample.generator
         target = torch.randint(0, classes, (7,), generator=generator).to(sample.device)
@@ -97,13 +97,117 @@ class SoftmaxModule(_Stateless):
         own = original.forward  # type: ignore[attr-defined]
 
         def forward(self: nn.Softmax, input: Any) -> Any:
-            return softmax(input, dim=self.dim) if takes(input) else own(self, input)
+            return softmax(input, dim=self.dim) if takes(input) and self.dim is not None else own(self, input)
 
         return {"forward": forward}
 
-    def draws(self, sample: Sample) -> Iterable[Draw]:
+    def draws(self, sample: Sample) -> list[Draw]:
         """Two scales, four dims: enough for any usual ``dim``."""
         return [
             Draw("an ordinary", (sample.randn(3, 4, 5, 6),)),
             Draw("a large", (30.0 * sample.randn(3, 4, 5, 6),)),
         ]
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Cross-entropy of the logits at each position with the label at the next, in float32.
+
+    Args:
+        logits: [..., S, vocab_size].
+        labels: [..., S]; the first has no position that predicts it, and the last position predicts none.
+        vocab_size: number of classes.
+        num_items_in_batch: what the sum is divided by; None is the number of labels that count.
+        ignore_index: label that does not count.
+        shift_labels: labels that are shifted already, in the place of ``labels``.
+
+    Returns:
+        A float32 scalar.
+    """
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    target = shift_labels.reshape(-1).to(logits.device)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = cross_entropy(logits.float().view(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction)
+    if num_items_in_batch is None:
+        return loss
+    return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
+
+
+@dataclass(frozen=True)
+class CausalLoss(Joint):
+    """A model whose ``loss_function`` answers a next-token loss; the fused class answers :func:`causal_lm_loss`."""
+
+    hint: ClassVar[str] = "causal"
+    operator: ClassVar[str] = "cross_entropy"  # type: ignore[misc]
+    function: Callable[..., Tensor]
+
+    @classmethod
+    def suits(cls, module: nn.Module) -> bool:
+        """A ``loss_function`` property, and a loss that was chosen for this model."""
+        chosen = getattr(module, "loss_type", None) is not None or "_loss_function" in vars(module)
+        return chosen and isinstance(getattr(type(module), "loss_function", None), property)
+
+    @classmethod
+    def key(cls, module: nn.Module) -> Hashable:
+        """The function that it answers."""
+        return id(type(module)), id(module.loss_function)
+
+    @classmethod
+    def sizes(cls, module: nn.Module) -> Sequence[dict[int, int] | None]:
+        """Only the loss is run."""
+        return (None,)
+
+    @classmethod
+    def recognise(cls, sample: Sample) -> CausalLoss | None:
+        """A named function of (logits, labels, vocab_size, …); the numbers decide the rest."""
+        function: Any = sample.source.loss_function
+        names = {"logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels"}
+        if not isinstance(function, types.FunctionType) or "<" in function.__qualname__:
+            return None
+        return cls(function) if names <= set(inspect.signature(function).parameters) else None
+
+    def members(self, original: type) -> dict[str, Any]:
+        """The property; a loss that is set later is answered as it is."""
+        own: property = original.loss_function  # type: ignore[attr-defined]
+        function = self.function
+
+        def loss_function(self: nn.Module) -> Any:
+            found = own.__get__(self)
+            return causal_lm_loss if found is function else found
+
+        return {"loss_function": property(loss_function, own.fset)}
+
+    def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
+        """Both losses, called in each way that they can be."""
+        return _CalledEachWay(self.function), _CalledEachWay(causal_lm_loss)
+
+    def draws(self, sample: Sample) -> list[Draw]:
+        """Logits of two scales; some labels ignored."""
+        labels = torch.randint(0, 13, (2, 6), generator=sample.generator).to(sample.device)
+        labels[0, :3] = -100
+        logits = sample.randn(2, 6, 13)
+        return [Draw("an ordinary", (logits, labels)), Draw("a large", (30.0 * logits, labels))]
+
+
+class _CalledEachWay(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        return (
+            self.function(logits=logits, labels=labels, vocab_size=13),
+            self.function(logits, labels, 13, num_items_in_batch=5),
+            self.function(logits, labels, 13, num_items_in_batch=torch.tensor(5)),
+            self.function(logits, labels.clamp(min=0), 13, ignore_index=0),
+            self.function(logits, None, 13, shift_labels=labels),
+        )

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
-from .joint import Joint, fused_class, own_forward, takes
+from .joint import Joint, own_forward, takes
 from .sample import Draw, Exactly, Refused, Sample
 
 #: Width of the sample of a norm that has no parameter to tell its width.
@@ -56,7 +57,7 @@ class Norm(Joint):
     @classmethod
     def recognise(cls, sample: Sample) -> Norm | None:
         """Probe the sample with a large and a tiny input."""
-        module, parameters = sample.module, dict(sample.module.named_parameters())
+        module, parameters = sample.module, dict[str, Tensor](sample.module.named_parameters())
         if any(p.dim() != 1 for p in parameters.values()):
             raise Refused("it normalizes over more than the last dim")
         large = 1e3 * (sample.randn(2, 3, _width(sample)) + 0.7)
@@ -82,12 +83,12 @@ class Norm(Joint):
             if len(args) != 1 or kwargs or not takes(args[0]):
                 return own(self, *args, **kwargs)
             x: Tensor = args[0]
-            weight = None if weight_name is None else getattr(self, weight_name)
+            weight: Tensor | None = None if weight_name is None else getattr(self, weight_name)
             bias = None if bias_name is None else getattr(self, bias_name)
             if weight is not None and weight.shape != x.shape[-1:]:
                 return own(self, x)
-            eps = eps_value if eps_name is None else getattr(self, eps_name)
-            if promotes and weight.dtype != x.dtype:
+            eps: Any = eps_value if eps_name is None else getattr(self, eps_name)
+            if promotes and weight is not None and weight.dtype != x.dtype:
                 x = x.to(torch.promote_types(x.dtype, weight.dtype))
             if center:
                 return layer_norm(x, weight, bias, eps=eps)
@@ -95,17 +96,11 @@ class Norm(Joint):
 
         return {"forward": forward}
 
-    def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
-        """The sample, and the same in the fused class."""
-        fused = copy.deepcopy(sample.module)
-        fused.__class__ = fused_class(type(fused), self)
-        return sample.module, fused
-
-    def draws(self, sample: Sample) -> Iterable[Draw]:
+    def draws(self, sample: Sample) -> list[Draw]:
         """Other means, other scales (one about √ε), and rows with an outlier."""
         width = _width(sample)
-        noise = functools.partial(sample.randn, 2, 4, width)
-        spike = 0.01 * noise()
+        noise = functools.partial(sample.randn, 3, 8, width)
+        spike = noise()
         spike[..., 0] = 50.0
         return [
             Draw("an ordinary", (noise(),)),
@@ -135,14 +130,14 @@ def _probe(module: nn.Module, x: Tensor) -> Tensor:
         try:
             y = own_forward(module)(module, x.clone())
         except Exception as error:
-            raise Refused(f"it does not take rows of {x.shape[-1]} features: {_first_line(error)}") from error
+            raise Refused(f"it does not take rows of {x.shape[-1]} features: {_summary(error)}") from error
     if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
         raise Refused("it does not return a tensor like its input")
     return y.double()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _summary(error: Exception) -> str:
+    return textwrap.shorten(str(error), 80) or type(error).__name__
 
 
 def _normalize(x: Tensor, center: bool) -> Tensor:
@@ -176,7 +171,7 @@ def _close(y: Tensor, expected: Tensor) -> bool:
 
 def _find_eps(sample: Sample, center: bool, weight: str | None, offset: float, bias: str | None) -> str | float:
     """The attribute that holds ε, or else its value."""
-    parameters = dict(sample.module.named_parameters())
+    parameters = dict[str, Tensor](sample.module.named_parameters())
     tiny = 1e-5 * sample.randn(2, 3, _width(sample))
     y = _probe(sample.module, tiny)
     h = tiny - tiny.mean(-1, keepdim=True) if center else tiny
@@ -206,7 +201,9 @@ def _promotes(module: nn.Module) -> bool:
     wide = copy.deepcopy(module).float()
     width = next(wide.parameters()).shape[0]
     try:
-        y = own_forward(wide)(wide, torch.ones(1, 2, width, dtype=torch.bfloat16, device=next(wide.parameters()).device))
+        y = own_forward(wide)(
+            wide, torch.ones(1, 2, width, dtype=torch.bfloat16, device=next(wide.parameters()).device)
+        )
     except Exception:
         return False
     return bool(y.dtype == torch.float32)

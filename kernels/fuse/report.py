@@ -46,7 +46,7 @@ class FusionReport:
     def __str__(self) -> str:
         groups: dict[tuple[str, ...], list[Record]] = {}
         for record in self.records:
-            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", record.path)
+            pattern = re.sub(r"(?<![^._])\d+(?![^._])", "*", record.path)
             groups.setdefault((pattern, record.was, record.now, record.status, record.reason), []).append(record)
         header = ("module", "", "was", "now", "worst error / budget")
         rows = [header, *(_row(key, records) for key, records in groups.items())]
@@ -66,4 +66,4 @@ def _row(key: tuple[str, ...], records: list[Record]) -> tuple[str, ...]:
     if status == "fused" and checks:
         worst = max(checks, key=lambda check: check.error / check.budget)
         note = f"{worst.error:.1e} / {worst.budget:.1e}  {worst.where}" if worst.where else "0, exact"
-    return path or "(the model)", f"×{len(records)}" if len(records) > 1 else "", was, now, note
+    return path or "(the model)", f"×{len(records)}" if len(records) > 1 else "", was, now, note  # noqa: RUF001 (the multiplication sign is meant)

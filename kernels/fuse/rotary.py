@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,7 +45,12 @@ class Rotary(Joint):
     @classmethod
     def key(cls, module: nn.Module) -> Hashable:
         """The helper belongs to the class."""
-        return type(module)
+        return id(type(module))
+
+    @classmethod
+    def sizes(cls, module: nn.Module) -> Sequence[dict[int, int] | None]:
+        """Only the helper is run."""
+        return (None,)
 
     @classmethod
     def recognise(cls, sample: Sample) -> Rotary | None:
@@ -69,7 +74,10 @@ class Rotary(Joint):
                 except Exception as error:
                     failure = str(error)
                     continue
-                if all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(_tuple(y), _tuple(expected))):
+                if all(
+                    a.shape == b.shape and torch.allclose(a, b)
+                    for a, b in zip(_tuple(y), _tuple(expected), strict=True)
+                ):
                     half = helper(*(t.bfloat16() if t is x else t.float() for t in arguments))
                     promotes = _tuple(half)[0].dtype == torch.float32
                     return cls(**{**vars(candidate), "promotes": promotes})
@@ -108,9 +116,9 @@ class Rotary(Joint):
     def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
         """The helper and its fused form."""
         helper = _helpers(type(sample.source))[self.helper]
-        return _Call(helper), _Call(self.fused(helper))
+        return Function(helper), Function(self.fused(helper))
 
-    def draws(self, sample: Sample) -> Iterable[Draw]:
+    def draws(self, sample: Sample) -> list[Draw]:
         """Grouped heads; angles shared by the batch, and of each sequence its own."""
         query, key = sample.randn(2, 4, 6, 16), sample.randn(2, 2, 6, 16)
         heads = [query, key][: self.tensors]
@@ -136,20 +144,22 @@ class Rotary(Joint):
         yield self
 
 
-class _Call(nn.Module):
+class Function(nn.Module):
+    """A function as a module, for verification."""
+
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.function = function
 
     def forward(self, *args: Any) -> Any:
+        """What the function returns."""
         return self.function(*args)
 
 
-@functools.cache
 def _helpers(cls: type) -> dict[str, Callable[..., Any]]:
     """Global functions that the forward names and that take something called cos and something called sin."""
     forward = cls.forward  # type: ignore[attr-defined]
-    found = {}
+    found: dict[str, Callable[..., Any]] = {}
     namespace = _globals_of(forward)
     for name in _names(forward):
         function = namespace.get(name)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -33,16 +34,17 @@ class Draw(NamedTuple):
 class Sample:
     """Float64 copies of ``module`` with drawn parameters and no hooks, on its own device (meta: on the CPU).
 
-    ``sizes`` replaces feature counts of linear layers, so that a large model is verified on a small matrix.
+    ``sizes`` replaces feature counts of linear layers, so that a large model is verified on a small matrix; None stands
+    for no copy at all, where the joint needs only the source.
     """
 
-    def __init__(self, module: nn.Module, root: nn.Module, sizes: dict[int, int] | None = None) -> None:
+    def __init__(self, module: nn.Module, root: nn.Module, sizes: dict[int, int] | None) -> None:
         first = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
         self.source = module
         self.dtype = torch.float32 if first is None else first.dtype
         self.device = torch.device("cpu") if first is None or first.device.type == "meta" else first.device
         self.generator = torch.Generator().manual_seed(1)
-        self.module = self._copy(module, root, sizes or {})
+        self.module = nn.Module() if sizes is None else self._copy(module, root, sizes)
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal numbers, float64."""
@@ -108,16 +110,15 @@ def quiet(model: nn.Module) -> Iterator[None]:
     tensors = (*model.parameters(), *model.buffers())
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
     state = random.getstate()
-    backend = () if devices else (use_backend("eager"),)
     try:
-        with torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
-            for context in backend:
-                context.__enter__()
-            try:
-                yield
-            finally:
-                for context in backend:
-                    context.__exit__(None, None, None)
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=sorted(devices)))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            if not devices:
+                stack.enter_context(use_backend("eager"))
+            yield
     finally:
         random.setstate(state)
 

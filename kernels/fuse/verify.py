@@ -9,8 +9,8 @@ parameters in another dtype than the input; in training and in evaluation.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from .sample import Draw, Exactly, Refused
 
 SLACK = 2.0
+
+#: The largest error of one draw is partly luck. Where the fused form is over its budget, both are measured again on so
+#: many further draws, and the largest errors of all of them are compared.
+REPEATS = 7
 
 #: The float64 copy must compute the same function as the float32 original, or it is no judge: an error of more rounding
 #: steps than this says that it does not.
@@ -36,16 +40,25 @@ class Check:
 
 
 class Result(NamedTuple):
-    """One output or gradient."""
+    """One output or gradient; ``full`` if nothing that it was computed from was narrower than float32."""
 
     name: str
     value: Tensor
+    full: bool
+
+
+class Measure(NamedTuple):
+    """Error and budget of one result, as fractions of its scale."""
+
+    name: str
+    error: float
+    budget: float
 
 
 def verify(
     original: nn.Module,
     fused: nn.Module,
-    draws: Iterable[Draw],
+    draws: Callable[[], Sequence[Draw]],
     dtype: torch.dtype,
     prepare: Callable[[nn.Module], nn.Module],
 ) -> Check:
@@ -54,8 +67,7 @@ def verify(
     Raises:
         Refused: if fused is worse than its budget, or gives another dtype or shape.
     """
-    draws = list(draws)
-    worst, results = Check(0.0, 1.0, "", 0), 0
+    worst, results, first = Check(0.0, 1.0, "", 0), 0, draws()
     for x_dtype, parameter_dtype in _dtypes(original, dtype):
         subjects = [copy.deepcopy(m).to(parameter_dtype) for m in (original, fused)]
         exact = prepare(copy.deepcopy(subjects[0])).double()
@@ -63,18 +75,23 @@ def verify(
             for module in (*subjects, exact):
                 module.train(training)
             # Every draw once in each dtype; one draw settles evaluation, and parameters of another dtype.
-            for draw in draws if training and x_dtype == parameter_dtype else draws[:1]:
-                where = f"{draw.label} {_short(x_dtype)} input, {'train' if training else 'eval'}"
+            for i in range(len(first)) if training and x_dtype == parameter_dtype else (0,):
+                where = f"{first[i].label} {_short(x_dtype)} input, {'train' if training else 'eval'}"
                 try:
-                    found = list(_compare(*subjects, exact, draw, x_dtype, repeat=draw is draws[0]))
+                    if i == 0:
+                        _check_random(subjects[0], first[i], x_dtype)
+                    measures = _compare(subjects, exact, first[i], x_dtype)
+                    if any(m.error > m.budget for m in measures):
+                        again = [_compare(subjects, exact, draws()[i], x_dtype) for _ in range(REPEATS)]
+                        measures = [_pool(same) for same in zip(measures, *again, strict=True)]
                 except Refused as refused:
                     raise Refused(f"{refused} ({where})") from None
-                results += len(found)
-                for name, error, budget in found:
-                    if error / budget > worst.error / worst.budget:
-                        worst = Check(error, budget, f"{name}, {where}", 0)
-    _check_autocast(original, fused, draws[0])
-    worst = Check(worst.error, worst.budget, worst.where, results)
+                results += len(measures)
+                for m in measures:
+                    if m.error / m.budget > worst.error / worst.budget:
+                        worst = Check(m.error, m.budget, f"{m.name}, {where}", 0)
+    _check_autocast(original, fused, first[0])
+    worst = replace(worst, results=results)
     if worst.error > worst.budget:
         raise Refused(f"it computes something else: error {worst.error:.1e}, budget {worst.budget:.1e} ({worst.where})")
     return worst
@@ -88,36 +105,49 @@ def _dtypes(module: nn.Module, own: torch.dtype) -> list[tuple[torch.dtype, torc
     return same + mixed if any(True for _ in module.parameters()) else same
 
 
-def _compare(
-    original: nn.Module, fused: nn.Module, exact: nn.Module, draw: Draw, dtype: torch.dtype, repeat: bool
-) -> Iterator[tuple[str, float, float]]:
+def _check_random(original: nn.Module, draw: Draw, dtype: torch.dtype) -> None:
+    inputs = [t.to(dtype) if t.is_floating_point() else t for t in draw.inputs]
+    try:
+        runs = [_run(original, inputs, seed) for seed in (0, 1)]
+    except Exception:
+        return
+    if any(not torch.equal(a.value, b.value) for a, b in zip(*runs, strict=True)):
+        raise Refused("its forward is random")
+
+
+def _compare(subjects: list[nn.Module], exact: nn.Module, draw: Draw, dtype: torch.dtype) -> list[Measure]:
+    original, fused = subjects
     inputs = [t.to(dtype) if t.is_floating_point() else t for t in draw.inputs]
     try:
         plain = _run(original, inputs)
-    except Exception:
-        return  # a mix of dtypes that the original does not take either
-    if repeat:
-        again = _run(original, inputs, seed=1)
-        if any(not torch.equal(a.value, b.value) for a, b in zip(plain, again, strict=True)):
-            raise Refused("its forward is random")
+    except Exception as error:
+        if all(t.dtype == torch.float32 for t in (*inputs, *original.parameters()) if t.is_floating_point()):
+            raise Refused(f"it fails on drawn inputs: {error}") from error
+        return []  # a dtype, or a mix of dtypes, that the original does not take either
     with Exactly():
         truth = _run(exact, [t.double() if t.is_floating_point() else t for t in inputs])
     try:
         got = _run(fused, inputs)
     except Exception as error:
         raise Refused(f"the fused form fails: {error}") from error
-    full = dtype == torch.float32 and all(p.dtype == dtype for p in original.parameters())
-    for a, b, true in zip(plain, got, truth, strict=True):
-        if a.value.shape != b.value.shape or a.value.dtype != b.value.dtype:
-            raise Refused(f"{a.name} is {_describe(a.value)}, fused {_describe(b.value)}")
-        scale = true.value.abs().max().item() if true.value.numel() else 0.0
-        if not scale or not a.value.isfinite().all():
-            continue
-        step = torch.finfo(a.value.dtype).eps
-        ours, theirs = ((v.value.double() - true.value).abs().max().item() / scale for v in (b, a))
-        if full and theirs > MOST_STEPS * step:
-            raise Refused(f"the original is too inaccurate to judge by: {a.name} has an error of {theirs:.1e}")
-        yield a.name, ours if ours == ours else float("inf"), SLACK * (theirs + step)
+    return [_measure(*same) for same in zip(plain, got, truth, strict=True)]
+
+
+def _measure(plain: Result, got: Result, truth: Result) -> Measure:
+    if plain.value.shape != got.value.shape or plain.value.dtype != got.value.dtype:
+        raise Refused(f"{plain.name} is {_describe(plain.value)}, fused {_describe(got.value)}")
+    if not truth.value.numel() or not plain.value.isfinite().all():
+        return Measure(plain.name, 0.0, 1.0)
+    scale = truth.value.abs().max().item() or 1.0
+    step = torch.finfo(plain.value.dtype).eps
+    error, own = ((r.value.double() - truth.value).abs().max().item() / scale for r in (got, plain))
+    if plain.value.dtype == torch.float32 and own > MOST_STEPS * step and plain.full:
+        raise Refused(f"the original is too inaccurate to judge by: {plain.name} has an error of {own:.1e}")
+    return Measure(plain.name, error if error == error else float("inf"), SLACK * (own + step))
+
+
+def _pool(same: Sequence[Measure]) -> Measure:
+    return Measure(same[0].name, max(m.error for m in same), max(m.budget for m in same))
 
 
 def _run(module: nn.Module, inputs: list[Tensor], seed: int = 0) -> list[Result]:
@@ -132,9 +162,10 @@ def _run(module: nn.Module, inputs: list[Tensor], seed: int = 0) -> list[Result]
     # Multiples of 1/64 below 2: the same values in every dtype.
     cotangents = [(torch.randint(-127, 128, y.shape, generator=generator) / 64).to(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, [t for _, t in named], cotangents, allow_unused=True)
-    results = [Result("output", y.detach()) for y in outputs]
+    full = all(t.dtype not in (torch.float16, torch.bfloat16) for _, t in named)
+    results = [Result("output", y.detach(), full) for y in outputs]
     for (name, leaf), gradient in zip(named, gradients, strict=True):
-        results.append(Result(name, torch.zeros_like(leaf) if gradient is None else gradient))
+        results.append(Result(name, torch.zeros_like(leaf) if gradient is None else gradient, full))
     return results
 
 

@@ -78,7 +78,7 @@ def check_residual(name: str, x: Tensor, residual: Tensor) -> None:
 
 
 def traffic(itemsize: int, parameters: int, *, N: int, D: int, residual: bool, statistics: int = 1) -> Traffic:
-    """x, (residual, h,) y forward; dy, h, (dh_out,) dx backward; float32 statistics of each row; the parameters once."""
+    """x, (residual, h,) y forward; dy, h, (dh_out,) dx backward; the rows' statistics and the parameters once."""
     passes = N * D * itemsize
     return Traffic(
         forward=(4 if residual else 2) * passes + parameters * D * itemsize + 4 * statistics * N,

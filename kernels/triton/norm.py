@@ -2,9 +2,9 @@
 
 N rows of D elements, one row of x every ``x_stride`` elements. With h = x (+ residual):
 
-    forward   μ = mean(h) if CENTER else 0      r = 1/√(mean((h − μ)²) + ε)      n = (h − μ)·r      y = n·(w + offset) + b
-    backward  g = dy·(w + offset)               dh = r·(g − n·mean(g·n) − [CENTER] mean(g)) + dh_out
-              dw = Σ_rows dy·n                  db = Σ_rows dy
+    forward   μ = mean(h) if CENTER else 0    r = 1/√(mean((h − μ)²) + ε)    n = (h − μ)·r    y = n·(w + offset) + b
+    backward  g = dy·(w + offset)             dh = r·(g − n·mean(g·n) − [CENTER] mean(g)) + dh_out
+              dw = Σ_rows dy·n                db = Σ_rows dy
 
 Memory-bound. A program walks over tiles of about 4,096 elements (8 warps: 16 elements, two 16-byte accesses of bf16, a
 thread). On 132 multiprocessors four programs each keep 32 KB in flight per multiprocessor, twice what 3.35 TB/s at
