@@ -151,7 +151,7 @@ class Op:
     #: Invalid calls and the message each must get.
     errors: Callable[[], Iterable[ErrorInput]]
     #: Sizes at which the kernels are audited; empty is ``bench``. Bytes are counted at the first: large enough that
-    #: what each program moves once does not show, small enough for the interpreter (about 1 ms a tile).
+    #: what each program moves once does not show, small enough for the interpreter (a few ms a tile).
     audit: Sequence[Dims] = ()
     #: By variant and pass ("forward", "backward"): where more than 1.02 times the least bytes move.
     excess: Mapping[tuple[str, str], Excess] = field(default_factory=dict)
