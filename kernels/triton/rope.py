@@ -5,8 +5,8 @@
 
 "Heads" are whatever dims cos and sin are broadcast over, "tokens" whatever dims they differ along. A program turns a
 tile of about 4,096 elements (4 warps: 16 pairs, two 16-byte accesses of bf16 on either side, a thread; one on each side
-where a warp has 64 threads): all heads of one token if there are 32 of 128. Its cos and sin are read once and serve up to HEAD_TILES such tiles, so that they add at most
-1 / (BLOCK_H · HEAD_TILES) to the traffic.
+where a warp has 64 threads): all heads of one token if there are 32 of 128. Its cos and sin are read once and serve up
+to HEAD_TILES such tiles, so that they add at most 1 / (BLOCK_H · HEAD_TILES) to the traffic.
 
 The result lies in memory as x does, and both are addressed through their strides: Hugging Face's transposed
 [B, H, S, D] queries are read and written as the [B, S, H, D] that they are, with no copy.
