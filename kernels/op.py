@@ -161,8 +161,8 @@ class Op:
     module: type[torch.nn.Module] | None = None
     #: Allowed error in units of the reference's own. Raising it needs a reason beside it.
     slack: float = 2.0
-    #: What the CPU runs by default: whichever was measured faster.
-    cpu: Literal["compile", "eager"] = "compile"
+    #: What the CPU runs by default, the compiled reference or ``aten``: whichever was measured faster.
+    cpu: Literal["compile", "aten"] = "compile"
     #: Device types on which autocast runs the ATen counterpart in float32.
     autocast_to_float32: frozenset[str] = frozenset()
 
