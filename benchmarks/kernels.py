@@ -52,41 +52,43 @@ def _onto(bar: Progress, label: str) -> Callable[[int, int], None]:
 
 
 def _kernels(records: Iterable[Record]) -> Table:
-    table = Table(title="Worst over variants, dtypes and sizes: registers, bytes spilled, widest load | store in bits")
+    table = Table(title="Worst over variants, dtypes and sizes: registers / bytes spilled / widest load, store in bits")
     for name in ("op", "pass", "kernel"):
         table.add_column(name, no_wrap=True)
     for name in ("bytes ÷ least", *TARGETS):
         table.add_column(name, justify="right", no_wrap=True)
-    ratios: dict[tuple[str, str], list[float]] = {}
-    codes: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
+    rows: dict[tuple[str, str], dict[str, list[Record]]] = {}
+    traffic: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         place = record["op"], record["pass"]
         if record["measure"] == "traffic":
-            ratios.setdefault(place, []).append(record["ratio"])
+            traffic.setdefault(place, []).append(record)
         else:
-            codes.setdefault((*place, record["kernel"]), {}).setdefault(record["target"], []).append(record)
-    before = None
-    for (op, which, kernel), targets in codes.items():
-        first = before != (op, which)
-        if before is not None and before[0] != op:
+            rows.setdefault(place, {}).setdefault(record["kernel"], []).append(record)
+    for (op, which), kernels in rows.items():
+        for kernel, codes in kernels.items():
+            cells = [_summary([code for code in codes if code["target"] == target]) for target in TARGETS]
+            table.add_row(op, which, kernel, _ratio(traffic.get((op, which), []), kernel), *cells)
+        if which == "backward":
             table.add_section()
-        before = op, which
-        found = ratios.get(before, [])
-        # The plain call comes first; where a variant moves more, the second table says why.
-        ratio = f"{found[0]:.3f}" + (f" ({max(found):.3f})" if max(found) > ALLOWED else "") if found else "-"
-        cells = [_summary(targets.get(target, [])) for target in TARGETS]
-        table.add_row(op if first else "", which if first else "", kernel, ratio if first else "", *cells)
     return table
+
+
+def _ratio(passes: list[Record], kernel: str) -> str:
+    """The plain call's ratio, and the worst in brackets; only of passes in which this kernel ran."""
+    found = [record["ratio"] for record in passes if f"bytes of {kernel}" in record]
+    if not found:
+        return "not counted"
+    return f"{found[0]:.3f}" + (f" ({max(found):.3f})" if max(found) > ALLOWED else "")
 
 
 def _summary(codes: list[Record]) -> str:
     if not codes:
         return "-"
-    worst = [max(code[name] for code in codes) for name in ("registers", "spills")]
-    cell = f"{worst[0]} regs, {worst[1]} spilled"
+    cell = " / ".join(str(max(code[name] for code in codes)) for name in ("registers", "spills"))
     read = [code for code in codes if code["widest_load"] is not None]
     if read:
-        cell += f", {min(code['widest_load'] for code in read)} | {min(code['widest_store'] for code in read)}"
+        cell += f" / {min(code['widest_load'] for code in read)}, {min(code['widest_store'] for code in read)}"
     return cell
 
 
