@@ -79,5 +79,5 @@ def vit() -> Classifier:
 TASKS = {
     "llama": Task("Llama, bytes of source text", llama, lambda: data.source_text(256), 4, 120, 256, "tokens"),
     "resnet": Task("ResNet-18, digits", resnet, lambda: data.digits(32), 64, 80, 1, "images"),
-    "vit": Task("ViT, digits", vit, lambda: data.digits(16), 64, 80, 1, "images"),
+    "vit": Task("ViT, digits", vit, lambda: data.digits(16), 64, 120, 1, "images"),
 }

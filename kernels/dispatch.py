@@ -9,7 +9,7 @@ under a tracer, a dispatch mode,
 a tensor subclass, or one that is not
 plain memory (sparse, nested, negated)    the plain reference, which they can see into
 CUDA, ROCm, XPU tensor                    Triton
-CPU tensor                                the compiled reference, or plain ATen where ``Op.cpu`` says that it is faster
+CPU tensor                                the compiled reference, or ATen's own kernel where ``Op.cpu`` says so
 anything else, or a missing part          the plain reference; one warning says what is missing
 ``use_backend(...)``, ``BRAZE_BACKEND``   what was asked for, or an error
 ========================================  ==========================================================================
@@ -89,7 +89,10 @@ def choose(op: Op, tensors: tuple[Tensor | None, ...]) -> Choice:
     why = seen_into(present)
     if why:
         return Choice("eager", why)
-    return preferred(op, present[0].device.type, present[0].dtype, max(t.numel() for t in present))
+    choice = preferred(op, present[0].device.type, present[0].dtype, max(t.numel() for t in present))
+    if choice.backend == "aten" and len({t.dtype for t in present}) > 1:
+        return Choice("eager", "ATen's own kernel takes operands of one dtype only")
+    return choice
 
 
 def preferred(op: Op, device: str, dtype: torch.dtype, elements: int) -> Choice:
@@ -103,8 +106,8 @@ def preferred(op: Op, device: str, dtype: torch.dtype, elements: int) -> Choice:
     backend = {"cuda": "triton", "xpu": "triton", "cpu": op.cpu}.get(device)
     if backend is None:
         return Choice("eager", f"no fused implementation for device {device!r}")
-    if backend == "eager":
-        return Choice("eager", "measured faster than the compiled form on the CPU")
+    if backend == "aten":
+        return Choice("aten", "ATen's own kernel was measured faster than the compiled form")
     if backend == "compile" and elements < SMALLEST_COMPILED:
         return Choice("eager", f"under {SMALLEST_COMPILED} elements a compiled call costs more than it saves")
     missing = unavailable(op, backend, device, dtype)
@@ -137,6 +140,8 @@ def implementation(op: Op, backend: str) -> Callable[..., Any]:
     """The function behind a backend's name; it takes the arguments of ``op.reference``."""
     if backend == "eager":
         return op.reference
+    if backend == "aten":
+        return op.aten
     if backend == "compile":
         return compiled(op.reference)
     return op.impls[backend]

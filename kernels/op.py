@@ -151,7 +151,7 @@ class Op:
     #: Invalid calls and the message each must get.
     errors: Callable[[], Iterable[ErrorInput]]
     #: Sizes at which the kernels are audited; empty is ``bench``. Bytes are counted at the first: large enough that
-    #: what each program moves once does not show, small enough for the interpreter (about 1 ms a tile).
+    #: what each program moves once does not show, small enough for the interpreter (a few ms a tile).
     audit: Sequence[Dims] = ()
     #: By variant and pass ("forward", "backward"): where more than 1.02 times the least bytes move.
     excess: Mapping[tuple[str, str], Excess] = field(default_factory=dict)
@@ -161,8 +161,8 @@ class Op:
     module: type[torch.nn.Module] | None = None
     #: Allowed error in units of the reference's own. Raising it needs a reason beside it.
     slack: float = 2.0
-    #: What the CPU runs by default: whichever was measured faster.
-    cpu: Literal["compile", "eager"] = "compile"
+    #: What the CPU runs by default, the compiled reference or ``aten``: whichever was measured faster.
+    cpu: Literal["compile", "aten"] = "compile"
     #: Device types on which autocast runs the ATen counterpart in float32.
     autocast_to_float32: frozenset[str] = frozenset()
 

@@ -83,6 +83,15 @@ def test_compiled_is_within_the_error_budget(op: Op, variant: str, dtype: torch.
         check_against_reference(case, "compile")
 
 
+@every_variant
+@pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16], ids=["one dtype", "bfloat16 weights"])
+def test_the_default_is_within_the_error_budget(
+    op: Op, variant: str, weight_dtype: torch.dtype | None, device: str
+) -> None:
+    case = example(op, variant, weight_dtype=weight_dtype, layout="padded", cotangent_layout="strided", device=device)
+    check_against_reference(case, None)
+
+
 @every_op
 def test_second_derivatives_are_right(op: Op, device: str) -> None:
     @given(case=cases(op, (torch.float32, None), device))

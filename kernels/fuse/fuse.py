@@ -185,7 +185,7 @@ def _barrier(module: nn.Module) -> str:
 
 def _named_like(module: nn.Module, joint_type: type[Joint]) -> bool:
     """Only for the report: whether a user would expect to read why this module was left."""
-    return joint_type.hint in type(module).__name__.lower() or joint_type is not Norm
+    return joint_type is not Norm or any(Norm.hint in base.__name__.lower() for base in type(module).__mro__)
 
 
 def _choices(name: str, choices: Iterable[Choice]) -> tuple[Choice, ...]:

@@ -47,12 +47,14 @@ class Norm(Joint):
     @classmethod
     def suits(cls, module: nn.Module) -> bool:
         """No children, no buffers, and one width for all parameters; without parameters, an ε or None for one."""
-        if any(True for _ in module.children()) or any(True for _ in module.buffers()):
+        children = (name for name, _ in module.named_children() if name != "parametrizations")
+        if any(True for _ in children) or any(True for _ in module.buffers()):
             return False
-        shapes = {tuple(p.shape) for p in module.parameters()}
+        shapes = [tuple(p.shape) for p in module.parameters()]
         if not shapes:
             return bool(_small_numbers(module)) or hasattr(module, "normalized_shape")
-        return len(shapes) == 1 and len(list(module.parameters())) <= 2 and next(iter(shapes)) not in ((), (0,), (1,))
+        rows = len(shapes[0]) == 1 or hasattr(module, "normalized_shape")
+        return rows and len(shapes) <= 2 and len(set(shapes)) == 1 and shapes[0] not in ((0,), (1,))
 
     @classmethod
     def recognise(cls, sample: Sample) -> Norm | None:

@@ -67,8 +67,10 @@ class Sample:
         except Exception as error:
             raise Refused(f"it cannot be copied: {error}") from error
         for part in sample.modules():
-            if isinstance(part, nn.Linear):
-                part.out_features, part.in_features = part.weight.shape
+            for name in ("in_features", "out_features"):
+                size = getattr(part, name, None)
+                if isinstance(size, int) and size in sizes:
+                    setattr(part, name, sizes[size])
         return sample
 
     def _draw(self, parameter: Tensor, sizes: dict[int, int]) -> nn.Parameter:

@@ -165,6 +165,8 @@ LAYER_NORM = Op(
     errors=_errors,
     variants=_VARIANTS,
     module=LayerNorm,
+    # Measured on one core, float32 [2048, 1024], forward and backward: ATen 9.9 ms, compiled 18.8 ms.
+    cpu="aten",
     autocast_to_float32=frozenset({"cuda"}),
 )
 

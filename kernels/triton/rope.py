@@ -4,9 +4,9 @@
     backward  the transposed rotation: the same of dy, with s₁, s₂ ← −s₂, −s₁
 
 "Heads" are whatever dims cos and sin are broadcast over, "tokens" whatever dims they differ along. A program turns a
-tile of about 4,096 elements (8 warps: 16 elements, two 16-byte accesses of bf16, a thread): all heads of one token if
-there are 32 of 128. Its cos and sin are read once and serve up to HEAD_TILES such tiles, so that they add at most
-1 / (BLOCK_H · HEAD_TILES) to the traffic.
+tile of about 4,096 elements (4 warps: 16 pairs, two 16-byte accesses of bf16 on either side, a thread; one on each side
+where a warp has 64 threads): all heads of one token if there are 32 of 128. Its cos and sin are read once and serve up
+to HEAD_TILES such tiles, so that they add at most 1 / (BLOCK_H · HEAD_TILES) to the traffic.
 
 The result lies in memory as x does, and both are addressed through their strides: Hugging Face's transposed
 [B, H, S, D] queries are read and written as the [B, S, H, D] that they are, with no copy.
@@ -21,12 +21,12 @@ from torch import Tensor
 
 TILE = 4096
 MAX_PAIRS = 1024
-HEAD_TILES = tl.constexpr(4)
+HEAD_TILES = 4  # passed at run time: unrolled, the loop over them ran out of predicate registers on sm_80 and sm_100
 
 
 @triton.jit
 def _rotate(
-    x, cos, sin, y, T, T1, H, H1, D, R,
+    x, cos, sin, y, T, T1, H, H1, D, R, head_tiles,
     x_t0, x_t1, x_h0, x_h1, y_t0, y_t1, y_h0, y_h1, cos_t0, cos_t1, sin_t0, sin_t1,
     INTERLEAVED: tl.constexpr, TRANSPOSE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_REST: tl.constexpr,
@@ -39,7 +39,7 @@ def _rotate(
     cos_token = (t0 * cos_t0 + t1 * cos_t1)[:, None]
     sin_token = (t0 * sin_t0 + t1 * sin_t1)[:, None]
     token = t < T
-    first_head = tl.program_id(1) * (BLOCK_H * HEAD_TILES)
+    first_head = tl.program_id(1) * (BLOCK_H * head_tiles)
     half = R // 2
 
     for start in range(0, half, BLOCK_P):
@@ -64,7 +64,7 @@ def _rotate(
         c2 = c2[:, None, :]
         s1 = s1[:, None, :]
         s2 = s2[:, None, :]
-        for head_tile in range(HEAD_TILES):
+        for head_tile in range(head_tiles):
             h = first_head + head_tile * BLOCK_H + tl.arange(0, BLOCK_H)
             h0 = (h // H1).to(tl.int64)
             h1 = (h % H1).to(tl.int64)
@@ -86,7 +86,7 @@ def _rotate(
     if BLOCK_REST > 0:
         for start in range(R, D, BLOCK_REST):
             d = start + tl.arange(0, BLOCK_REST)
-            for head_tile in range(HEAD_TILES):
+            for head_tile in range(head_tiles):
                 h = first_head + head_tile * BLOCK_H + tl.arange(0, BLOCK_H)
                 h0 = (h // H1).to(tl.int64)
                 h1 = (h % H1).to(tl.int64)
@@ -128,10 +128,10 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transpose: b
     BLOCK_T = min(rows // BLOCK_H, triton.next_power_of_2(T))
     BLOCK_P = min(MAX_PAIRS, triton.next_power_of_2(max(1, R // 2)))
     BLOCK_REST = min(2 * MAX_PAIRS, triton.next_power_of_2(D - R)) if D > R else 0
-    num_warps = min(8, max(1, BLOCK_T * BLOCK_H * BLOCK_P // 256))
-    grid = (triton.cdiv(T, BLOCK_T), triton.cdiv(H, BLOCK_H * HEAD_TILES.value))
+    num_warps = min(4, max(1, BLOCK_T * BLOCK_H * BLOCK_P // 512))
+    grid = (triton.cdiv(T, BLOCK_T), triton.cdiv(H, BLOCK_H * HEAD_TILES))
     _rotate[grid](
-        x, cos, sin, y, T, T1, H, H1, D, R,
+        x, cos, sin, y, T, T1, H, H1, D, R, HEAD_TILES,
         t0[0], t1[0], h0[0], h1[0], t0[1], t1[1], h0[1], h1[1], t0[2], t1[2], t0[3], t1[3],
         INTERLEAVED=interleaved, TRANSPOSE=transpose,
         BLOCK_T=BLOCK_T, BLOCK_H=BLOCK_H, BLOCK_P=BLOCK_P, BLOCK_REST=BLOCK_REST, num_warps=num_warps,
