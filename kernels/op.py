@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,15 @@ class Excess(NamedTuple):
 
     ratio: float
     reason: str
+
+
+class Preference(NamedTuple):
+    """Calls for which one implementation was measured faster than the default."""
+
+    #: ``when(*tensors, **options)``, called as ``reference`` is.
+    when: Callable[..., bool]
+    #: The same in words, after "for".
+    words: str
 
 
 class Draw:
@@ -101,6 +110,10 @@ class Draw:
         """Integers (int64) in [low, high); all ``low`` where that range is empty."""
         return torch.randint(low, max(high, low + 1), shape, generator=self.generator).to(self.device)
 
+    def permutation(self, n: int) -> Tensor:
+        """The integers below n (int64) in random order."""
+        return torch.randperm(n, generator=self.generator).to(self.device)
+
     def booleans(self, *shape: int, probability: float = 0.5) -> Tensor:
         """True with the given probability."""
         return (torch.rand(shape, generator=self.generator) < probability).to(self.device)
@@ -134,7 +147,8 @@ class Op:
     fn: Callable[..., Any]
     #: The mathematics in plain PyTorch: float32 (or wider) inside, differentiable to any order.
     reference: Callable[..., Any]
-    #: Every other implementation, called as ``reference`` is: ``"triton"``, … ``"compile"`` is there for all.
+    #: Every other implementation, called as ``reference`` is: ``"triton"``; ``"aten"``, where ATen has the whole
+    #: operator as a kernel of its own. ``"compile"`` is there for all.
     impls: Mapping[str, Callable[..., Any]]
     #: ``inputs(draw, **dims, **options)``: a valid call of ``fn``.
     inputs: Callable[..., Call]
@@ -161,8 +175,8 @@ class Op:
     module: type[torch.nn.Module] | None = None
     #: Allowed error in units of the reference's own. Raising it needs a reason beside it.
     slack: float = 2.0
-    #: What the CPU runs by default, the compiled reference or ``aten``: whichever was measured faster.
-    cpu: Literal["compile", "aten"] = "compile"
+    #: When the CPU runs ``impls["aten"]`` and not the compiled reference.
+    aten_on_cpu: Preference | None = None
     #: Device types on which autocast runs the ATen counterpart in float32.
     autocast_to_float32: frozenset[str] = frozenset()
 

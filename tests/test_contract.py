@@ -39,9 +39,9 @@ MUTANTS = {
     ),
     "missing contiguous() on the cotangent": Mutant("rms_norm", "norm", "dy = grads[0].contiguous()", "dy = grads[0]"),
     "missing contiguous() on the input": Mutant("rms_norm", "norm", "x_rows = rows(x)", "x_rows = x.flatten(0, -2)"),
-    "under-launched grid": Mutant("rms_norm", "norm", "_forward_long[(N,)](", "_forward_long[(N // 2,)]("),
+    "under-launched grid": Mutant("rms_norm", "norm", "(_forward_long, (N,),", "(_forward_long, (N // 2,),"),
     "under-launched columns": Mutant(
-        "rms_norm", "norm", "_backward_long[(column_blocks, programs)]", "_backward_long[(column_blocks - 1, programs)]"
+        "rms_norm", "norm", "_backward_long, (column_blocks, programs)", "_backward_long, (column_blocks - 1, programs)"
     ),
     "a persistent loop that never goes round": Mutant(
         "rms_norm",

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from braze.kernels import RMS_NORM, dispatch, rms_norm, use_backend
+from braze.kernels import LAYER_NORM, RMS_NORM, SOFTMAX, dispatch, rms_norm, use_backend
 
 BIG = (64, 512)  # over SMALLEST_COMPILED
 
@@ -69,19 +69,50 @@ def test_use_backend_nests_and_is_restored_after_an_error() -> None:
     x = torch.randn(2, 8)
     with use_backend("compile"):
         with use_backend("eager"):
-            assert dispatch.choose(RMS_NORM, (x,)) == ("eager", "asked for")
+            assert dispatch.choose(RMS_NORM, (x,), {}) == ("eager", "asked for")
         with pytest.raises(KeyError), use_backend("eager"):
             raise KeyError
-        assert dispatch.choose(RMS_NORM, (x,)).backend == "compile"
-    assert dispatch.choose(RMS_NORM, (x,)).reason != "asked for"
+        assert dispatch.choose(RMS_NORM, (x,), {}).backend == "compile"
+    assert dispatch.choose(RMS_NORM, (x,), {}).reason != "asked for"
 
 
 def test_use_backend_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 8)
     monkeypatch.setenv("BRAZE_BACKEND", "compile")
-    assert dispatch.choose(RMS_NORM, (x,)).backend == "compile"
+    assert dispatch.choose(RMS_NORM, (x,), {}).backend == "compile"
     with use_backend("eager"):
-        assert dispatch.choose(RMS_NORM, (x,)).backend == "eager"
+        assert dispatch.choose(RMS_NORM, (x,), {}).backend == "eager"
+
+
+def test_one_float64_operand_keeps_the_kernels_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_interpreting", lambda: True)
+    x, weight = torch.randn(2, 8), torch.ones(8, dtype=torch.float64)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="compute in float32"):
+        rms_norm(x, weight)
+
+
+def test_tensors_on_several_devices_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"rms_norm: all tensors must be on one device, got cpu, meta; move them"):
+        rms_norm(torch.randn(2, 8), torch.ones(8, device="meta"))
+
+
+def test_aten_runs_where_it_is_preferred_and_nobody_asks_for_another() -> None:
+    options = {"scale": 1.0, "causal": False}
+    x, mask = torch.randn(BIG), torch.ones(BIG)
+    assert dispatch.choose(SOFTMAX, (x, None), options).backend == "aten"
+    assert dispatch.choose(SOFTMAX, (x, mask), options).backend == "compile"
+    assert dispatch.choose(LAYER_NORM, (x, torch.ones(512), None), {"eps": 1e-5}).backend == "aten"
+    assert dispatch.choose(LAYER_NORM, (x, torch.ones(512).bfloat16(), None), {"eps": 1e-5}).backend == "compile"
+    with use_backend("compile"):
+        assert dispatch.choose(SOFTMAX, (x, None), options).backend == "compile"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_on_the_device_of_their_tensors() -> None:
+    x = torch.randn(64, 512, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(ours(x), plain(x))
 
 
 def test_without_a_compiler_there_is_one_warning_at_the_callers_line(monkeypatch: pytest.MonkeyPatch) -> None:

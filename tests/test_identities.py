@@ -191,7 +191,9 @@ def test_rotated_dot_products_depend_on_the_distance_alone(backend: str, device:
     with use_backend(backend):
         q, k = (rope(t, angles.cos(), angles.sin()) for t in (q, k))
     scores = q @ k.mT
-    torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=1e-4, atol=1e-4)
+    # In units of eps·|q||k|: a dot product of 16, the rounding of two rotations, and of angles up to 8 in both.
+    bound = (16 + 15 + 2 * 8) * torch.finfo(torch.float32).eps * (q.norm(dim=-1).max() * k.norm(dim=-1).max()).item()
+    torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=0, atol=bound)
 
 
 ROPE_LAYOUTS = {

@@ -45,8 +45,7 @@ def records(what: str, op: Any, which: str) -> list[dict[str, Any]]:
 def test_moves_the_least_bytes_or_says_why(op, which):
     for record in records("traffic", op, which):
         call = f"{record['variant']} {record['dtype']} {record['shape']}"
-        # Rows that are ignored are not read, which the least does not know; a launch that is not seen moves nothing.
-        assert record["ratio"] > 0.7, call
+        assert record["ratio"] > 0.98, f"{call}: a launch went unseen, or the least is not the least"
         assert record["ratio"] <= (record["allowed_ratio"] or 1.02), call
 
 

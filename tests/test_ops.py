@@ -84,12 +84,22 @@ def test_compiled_is_within_the_error_budget(op: Op, variant: str, dtype: torch.
 
 
 @every_variant
-@pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16], ids=["one dtype", "bfloat16 weights"])
+@every_dtype
 def test_the_default_is_within_the_error_budget(
-    op: Op, variant: str, weight_dtype: torch.dtype | None, device: str
+    op: Op, variant: str, dtypes: tuple[torch.dtype, torch.dtype | None], device: str
 ) -> None:
-    case = example(op, variant, weight_dtype=weight_dtype, layout="padded", cotangent_layout="strided", device=device)
-    check_against_reference(case, None)
+    dtype, weight_dtype = dtypes
+    layouts = {"layout": "padded", "cotangent_layout": "strided"}
+    check_against_reference(example(op, variant, dtype, weight_dtype=weight_dtype, device=device, **layouts), None)
+
+
+@pytest.mark.parametrize(
+    ("op", "variant"), [pytest.param(op, v, id=f"{op}-{v}") for op in OPS if op.aten_on_cpu for v in op.variants]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("regime", [r for r in REGIMES if r != "ordinary"])
+def test_the_kernels_of_aten_are_within_the_error_budget(op: Op, variant: str, dtype: torch.dtype, regime: str) -> None:
+    check_against_reference(example(op, variant, dtype, regime=regime), None)
 
 
 @every_op

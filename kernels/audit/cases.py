@@ -83,6 +83,9 @@ class Shapes(Draw):
     def integers(self, low: int, high: int, *shape: int) -> Tensor:  # noqa: D102 - as in Draw
         return torch.empty(shape, dtype=torch.int64, device="meta")
 
+    def permutation(self, n: int) -> Tensor:  # noqa: D102 - as in Draw
+        return self.integers(0, n, n)
+
     def booleans(self, *shape: int, probability: float = 0.5) -> Tensor:  # noqa: D102 - as in Draw
         return torch.empty(shape, dtype=torch.bool, device="meta")
 

@@ -12,6 +12,7 @@ Source: ``torch.nn.functional.cross_entropy``; the soft cap is Gemma 2's, the z-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import fused, vjp
-from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
+from ..op import Call, Draw, ErrorInput, Excess, Op, Preference, Traffic
 
+#: Up to so many classes ATen's kernels are faster on the CPU than the compiled form.
+ATEN_CLASSES = 4096
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -203,6 +206,23 @@ def _triton(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) ->
     return loss.view(target.shape) if options["reduction"] == "none" else loss
 
 
+def _in_aten(
+    x: Tensor, target: Tensor, weight: Tensor | None, *, softcap: float | None, z_loss: float, **_: Any
+) -> bool:
+    small = x.shape[1 if x.dim() > 1 else 0] <= ATEN_CLASSES
+    # In bfloat16 and float16, ATen rounds the log-probabilities before it takes their exponential in the backward pass.
+    return small and softcap is None and not z_loss and x.dtype in (torch.float32, torch.float64)
+
+
+def _plain_aten(
+    x: Tensor, target: Tensor, weight: Tensor | None, *, softcap: None, z_loss: float, **options: Any
+) -> Tensor:
+    ignored = target == options["ignore_index"]
+    if ignored.any():  # ATen's gradient of an ignored position is NaN where its logits are
+        x = x.masked_fill(ignored.unsqueeze(1 if x.dim() > 1 else 0), 0.0)
+    return F.cross_entropy(x, target.long(), weight, **options)
+
+
 def _aten(
     x: Tensor,
     target: Tensor,
@@ -229,10 +249,16 @@ def _aten(
     return loss + (z if reduction == "none" else z.sum() if reduction == "sum" else z.sum() / w.sum()).to(loss.dtype)
 
 
+def _ignored(positions: int) -> int:
+    """How many positions of a drawn call are ignored."""
+    return positions // 5
+
+
 def _inputs(draw: Draw, *, N: int, C: int, weight: bool = False, spatial: bool = False, **options: Any) -> Call:
     x = draw.tensor(N, C, 3) if spatial else draw.tensor(N, C)
     shape = (N, 3) if spatial else (N,)
-    ignored = draw.booleans(*shape, probability=0.2)
+    positions = math.prod(shape)
+    ignored = draw.permutation(positions).view(shape) < _ignored(positions)
     target = draw.integers(0, C, *shape).masked_fill(ignored, options.get("ignore_index", -100))
     # Weights are positive: with a sum near zero the mean would say nothing about the implementation.
     weights = draw.constant(C, low=0.1, high=1.0) if weight else None
@@ -257,12 +283,13 @@ def _errors() -> Iterator[ErrorInput]:
 
 
 def _traffic(itemsize: int, *, N: int, C: int, weight: bool = False, spatial: bool = False, **_: Any) -> Traffic:
-    """x, target forward; x, target, dx backward; 16 bytes of loss, its weight and the normalizer for each position."""
+    """x where it counts, target forward; the same and dx backward; 16 bytes of loss and statistics a position."""
     positions = 3 * N if spatial else N
+    counted = positions - _ignored(positions)
     classes = C * itemsize if weight else 0
     return Traffic(
-        forward=positions * (C * itemsize + 8 + 16) + classes,
-        backward=positions * (2 * C * itemsize + 8 + 8) + classes,
+        forward=counted * C * itemsize + positions * (8 + 16) + classes,
+        backward=(counted + positions) * C * itemsize + positions * (8 + 8) + classes,
     )
 
 
@@ -279,7 +306,7 @@ CROSS_ENTROPY = Op(
     name="cross_entropy",
     fn=cross_entropy,
     reference=reference,
-    impls={"triton": _triton},
+    impls={"triton": _triton, "aten": _plain_aten},
     inputs=_inputs,
     dims={"N": (0, 1, 2, 5, 129), "C": (1, 2, 10, 31, 33, 127, 129, 256, 1025, 4096, 4097, 10_001)},
     bench=({"N": 4096, "C": 32_000}, {"N": 8192, "C": 256}),
@@ -299,5 +326,6 @@ CROSS_ENTROPY = Op(
         "everything, N-D": {"spatial": True, "weight": True, "label_smoothing": 0.1, "softcap": 5.0, "z_loss": 1e-2},
     },
     module=CrossEntropyLoss,
+    aten_on_cpu=Preference(_in_aten, f"float32, up to {ATEN_CLASSES} classes, no softcap, no z_loss"),
     autocast_to_float32=frozenset({"cpu", "cuda", "xpu"}),
 )

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import contiguous, rows
+from .launch import contiguous, launch, rows
 
 MAX_BLOCK = 4_096
 
@@ -147,7 +147,7 @@ def forward(x, target, weight, *, reduction: str, ignore_index: int, label_smoot
     peaks, log_sums = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
     if x.numel():
         BLOCK_N, BLOCK_V, num_warps = _block(V)
-        _forward[(triton.cdiv(N, BLOCK_N),)](
+        launch(_forward, (triton.cdiv(N, BLOCK_N),),
             logits, target.contiguous(), contiguous(weight), losses, row_weights if reduction == "mean" else None,
             peaks, log_sums, logits.stride(0), N, V, ignore_index, label_smoothing, softcap, z_loss or None,
             SMOOTHED=label_smoothing != 0.0, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, num_warps=num_warps,
@@ -173,7 +173,7 @@ def backward(grads, saved, needs, *, reduction: str, ignore_index: int, label_sm
     weight_sum = weight.sum(dtype=torch.float32) if weight is not None and label_smoothing else None
     if x.numel():
         BLOCK_N, BLOCK_V, num_warps = _block(V)
-        _backward[(triton.cdiv(N, BLOCK_N), triton.cdiv(V, BLOCK_V))](
+        launch(_backward, (triton.cdiv(N, BLOCK_N), triton.cdiv(V, BLOCK_V)),
             grad, logits, target.contiguous(), contiguous(weight), peaks, log_sums, weight_sum, normalizer, dx,
             grad.stride(0) if grad.dim() else 0, logits.stride(0), N, V,
             ignore_index, label_smoothing, softcap, z_loss or None,

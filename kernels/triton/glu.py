@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import rows
+from .launch import launch, rows
 
 TILE = 2048
 
@@ -139,14 +139,14 @@ def _launch_forward(gate: Tensor, up: Tensor, y: Tensor, activation: str) -> Non
     if gate.numel():
         N, D = gate.shape
         grid, meta = _tiles(N, D)
-        _forward[grid](gate, up, y, gate.stride(0), up.stride(0), N, D, ACTIVATION=activation, **meta)
+        launch(_forward, grid, gate, up, y, gate.stride(0), up.stride(0), N, D, ACTIVATION=activation, **meta)
 
 
 def _launch_backward(dy, gate, up, dgate, dup, gradient_stride: int, activation: str) -> None:
     if gate.numel():
         N, D = gate.shape
         grid, meta = _tiles(N, D)
-        _backward[grid](
+        launch(_backward, grid,
             dy, gate, up, dgate, dup, dy.stride(0), gate.stride(0), up.stride(0), gradient_stride, N, D,
             ACTIVATION=activation, **meta,
         )  # fmt: skip

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import column_sum, contiguous, multiprocessors, rows
+from .launch import column_sum, contiguous, launch, multiprocessors, rows
 
 MAX_TILE = 16_384
 LONG_BLOCK = 4_096
@@ -236,12 +236,12 @@ def forward(x, residual, weight, bias, *, eps: float, weight_offset: float, cent
     elif D <= MAX_TILE:
         BLOCK_N, BLOCK_D, num_warps = tile(D)
         grid = (min(triton.cdiv(N, BLOCK_N), 4 * multiprocessors(x.device)),)
-        _forward[grid](
+        launch(_forward, grid,
             *pointers, x_rows.stride(0), residual_stride, N, D, eps, weight_offset,
             CENTER=center, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=num_warps,
         )  # fmt: skip
     else:
-        _forward_long[(N,)](
+        launch(_forward_long, (N,),
             *pointers, x_rows.stride(0), residual_stride, D, eps, weight_offset,
             CENTER=center, BLOCK_D=LONG_BLOCK, num_warps=8,
         )  # fmt: skip
@@ -271,16 +271,16 @@ def backward(grads, saved, needs, *, eps: float, weight_offset: float, center: b
     elif long:
         mean_gn = torch.empty(N, dtype=torch.float32, device=device)
         mean_g = torch.empty(N, dtype=torch.float32, device=device) if center else None
-        _row_means_long[(N,)](
+        launch(_row_means_long, (N,),
             dy, h_rows, w, mean, rstd, mean_gn, mean_g, h_rows.stride(0), D, weight_offset,
             CENTER=center, BLOCK_D=BLOCK_D, num_warps=num_warps,
         )  # fmt: skip
-        _backward_long[(column_blocks, programs)](
+        launch(_backward_long, (column_blocks, programs),
             dy, dh_out, h_rows, w, mean, rstd, mean_gn, mean_g, dh, *partial, h_rows.stride(0), N, D, weight_offset,
             CENTER=center, BLOCK_D=BLOCK_D, num_warps=num_warps,
         )  # fmt: skip
     else:
-        _backward[(programs,)](
+        launch(_backward, (programs,),
             dy, dh_out, h_rows, w, mean, rstd, dh, *partial, h_rows.stride(0), N, D, weight_offset,
             CENTER=center, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=num_warps,
         )  # fmt: skip

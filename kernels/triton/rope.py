@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 TILE = 4096
 MAX_PAIRS = 1024
 HEAD_TILES = 4  # passed at run time: unrolled, the loop over them ran out of predicate registers on sm_80 and sm_100
@@ -130,7 +132,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transpose: b
     BLOCK_REST = min(2 * MAX_PAIRS, triton.next_power_of_2(D - R)) if D > R else 0
     num_warps = min(4, max(1, BLOCK_T * BLOCK_H * BLOCK_P // 512))
     grid = (triton.cdiv(T, BLOCK_T), triton.cdiv(H, BLOCK_H * HEAD_TILES))
-    _rotate[grid](
+    launch(_rotate, grid,
         x, cos, sin, y, T, T1, H, H1, D, R, HEAD_TILES,
         t0[0], t1[0], h0[0], h1[0], t0[1], t1[1], h0[1], h1[1], t0[2], t1[2], t0[3], t1[3],
         INTERLEAVED=interleaved, TRANSPOSE=transpose,

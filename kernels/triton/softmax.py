@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import rows
+from .launch import launch, rows
 from .norm import LONG_BLOCK, MAX_TILE, tile
 
 
@@ -207,9 +207,10 @@ def backward(grads, saved, needs, *, scale: float, causal: bool):
 def _launch(kernel, long_kernel, N: int, D: int, arguments: tuple, **meta) -> None:
     if D <= MAX_TILE:
         BLOCK_N, BLOCK_D, num_warps = tile(D)
-        kernel[(triton.cdiv(N, BLOCK_N),)](*arguments, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=num_warps, **meta)
+        meta |= {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
+        launch(kernel, (triton.cdiv(N, BLOCK_N),), *arguments, **meta)
     else:
-        long_kernel[(N,)](*arguments, BLOCK_D=LONG_BLOCK, num_warps=8, **meta)
+        launch(long_kernel, (N,), *arguments, BLOCK_D=LONG_BLOCK, num_warps=8, **meta)
 
 
 def _broadcast(mask: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, tuple[int, ...], bool]:
