@@ -3,7 +3,8 @@
 ``torch.compile`` of the differentiable reference would do both at once, but its backward cannot run a second time
 (``retain_graph=True``) or be differentiated, which an eager operator must. So the forward pass is compiled without
 autograd and saves only its inputs; the backward pass is compiled from ``torch.func.vjp`` and recomputes what it needs,
-which for these operators is less work than fetching it from memory.
+which for these operators is less work than fetching it from memory. An operator that compiles better from its own
+formulas builds its ``impls["compile"]`` from :func:`compiled_call`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,27 +22,25 @@ from .autograd import Gradients, fused, vjp
 
 
 @functools.cache
-def compiled(reference: types.FunctionType) -> Callable[..., Any]:
+def compiled(reference: Callable[..., Any]) -> Callable[..., Any]:
     """The compiled form of ``reference``: the same arguments, results and derivatives."""
 
     def forward(*tensors: Tensor | None, **options: Any) -> tuple[Any, Sequence[Tensor | None]]:
-        return _specialization(reference, _kind(tensors, options))(*_detached(tensors), **options), tensors
+        return compiled_call(reference, tensors, options), tensors
 
     def backward(
         grads: Sequence[Tensor], saved: Sequence[Tensor | None], needs: Sequence[bool], **options: Any
     ) -> Gradients:
-        kind = (*_kind(grads, {}), *_kind(saved, options), *needs)
-        with torch.no_grad():
-            return _specialization(pullback, kind)(_detached(grads), _detached(saved), tuple(needs), options)
+        return compiled_call(pullback, (*grads, *saved), {"needs": tuple(needs), **options})
 
-    def pullback(
-        grads: tuple[Tensor, ...], saved: tuple[Tensor | None, ...], needs: tuple[bool, ...], options: dict[str, Any]
-    ) -> Gradients:
-        wanted = [t for t, need in zip(saved, needs, strict=True) if need]
+    def pullback(*tensors: Tensor | None, needs: tuple[bool, ...], **options: Any) -> Gradients:
+        inputs = tensors[-len(needs) :]
+        grads = tensors[: -len(needs)]
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
 
         def outputs(*replaced: Tensor) -> Any:
             fresh = iter(replaced)
-            return reference(*(next(fresh) if need else t for t, need in zip(saved, needs, strict=True)), **options)
+            return reference(*(next(fresh) if need else t for t, need in zip(inputs, needs, strict=True)), **options)
 
         found = iter(torch.func.vjp(outputs, *wanted)[1](grads if len(grads) > 1 else grads[0]))
         return [next(found) if need else None for need in needs]
@@ -52,21 +51,20 @@ def compiled(reference: types.FunctionType) -> Callable[..., Any]:
     return run
 
 
-def _detached(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The tensors without their history: Dynamo looks at .grad, which warns where a tensor is not a leaf."""
-    return tuple(None if t is None else t.detach() for t in tensors)
-
-
-def _kind(tensors: Sequence[Tensor | None], options: dict[str, Any]) -> tuple[Any, ...]:
+def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Any:
+    """``function(*tensors, **options)``, compiled, with no record for autograd."""
     described = ((t.dim(), t.dtype, t.device) if t is not None else None for t in tensors)
-    return (*described, *sorted(options.items()))
+    # Detached: Dynamo looks at .grad, which warns where a tensor is not a leaf.
+    detached = (None if t is None else t.detach() for t in tensors)
+    with torch.no_grad():
+        return _specialization(function, (*described, *sorted(options.items())))(*detached, **options)
 
 
 _serial = itertools.count()
 
 
 @functools.cache
-def _specialization(function: types.FunctionType, kind: tuple[Any, ...]) -> Callable[..., Any]:
+def _specialization(function: Callable[..., Any], kind: tuple[Any, ...]) -> Callable[..., Any]:
     # Dynamo counts recompiles per code object and falls back to eager, in silence, after eight. Each kind of call gets
     # a code object of its own, so only sizes can recompile, and dynamic=True covers those.
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
@@ -74,4 +72,4 @@ def _specialization(function: types.FunctionType, kind: tuple[Any, ...]) -> Call
         code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     copy.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(copy, dynamic=True)
+    return torch.compile(copy, dynamic=True, fullgraph=True)

@@ -161,7 +161,7 @@ def implementation(op: Op, backend: str) -> Callable[..., Any]:
     """The function behind a backend's name; it takes the arguments of ``op.reference``."""
     if backend == "eager":
         return op.reference
-    if backend == "compile":
+    if backend == "compile" and backend not in op.impls:
         return compiled(op.reference)
     return op.impls[backend]
 

@@ -148,7 +148,7 @@ class Op:
     #: The mathematics in plain PyTorch: float32 (or wider) inside, differentiable to any order.
     reference: Callable[..., Any]
     #: Every other implementation, called as ``reference`` is: ``"triton"``; ``"aten"``, where ATen has the whole
-    #: operator as a kernel of its own. ``"compile"`` is there for all.
+    #: operator as a kernel of its own; ``"compile"``, where that is not simply the compiled ``reference``.
     impls: Mapping[str, Callable[..., Any]]
     #: ``inputs(draw, **dims, **options)``: a valid call of ``fn``.
     inputs: Callable[..., Call]

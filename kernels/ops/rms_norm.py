@@ -103,6 +103,14 @@ def _add_triton(x: Tensor, residual: Tensor, weight: Tensor | None, **options: A
     return row_norm.triton(x, residual, weight, None, center=False, **options)
 
 
+def _compiled(x: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
+    return row_norm.compiled(x, None, weight, None, center=False, **options)
+
+
+def _add_compiled(x: Tensor, residual: Tensor, weight: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    return row_norm.compiled(x, residual, weight, None, center=False, **options)
+
+
 def _aten(x: Tensor, weight: Tensor | None = None, *, eps: float | None = None, weight_offset: float = 0.0) -> Tensor:
     if weight is not None and weight_offset:
         weight = weight + weight_offset
@@ -157,7 +165,7 @@ RMS_NORM = Op(
     name="rms_norm",
     fn=rms_norm,
     reference=reference,
-    impls={"triton": _triton},
+    impls={"triton": _triton, "compile": _compiled},
     inputs=_inputs,
     dims=_DIMS,
     bench=_BENCH,
@@ -174,7 +182,7 @@ ADD_RMS_NORM = Op(
     name="add_rms_norm",
     fn=add_rms_norm,
     reference=add_reference,
-    impls={"triton": _add_triton},
+    impls={"triton": _add_triton, "compile": _add_compiled},
     inputs=_add_inputs,
     dims=_DIMS,
     bench=_BENCH,

@@ -8,34 +8,115 @@ With h = x (+ residual), over the last dim of D elements:
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..autograd import Gradients, fused, vjp
+from ..compiled import compiled_call
 from ..op import Traffic
 
 
-def reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, weight_offset: float, center: bool
-) -> Tensor:
+def reference(x: Tensor, *affine: Tensor | None, **options: Any) -> Tensor:
     """Row normalization in plain PyTorch: float32 (or wider) inside, the result in the dtype of ``x``."""
-    h = x.to(torch.promote_types(x.dtype, torch.float32))
-    if center:
-        h = h - h.mean(-1, keepdim=True)
-    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        y = y * (weight.to(h.dtype) + weight_offset)
-    if bias is not None:
-        y = y + bias.to(h.dtype)
-    return y.to(x.dtype)
+    return _forward(x, None, *affine, **options)[0]
 
 
 def add_reference(x: Tensor, residual: Tensor, *affine: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     """``h = x + residual``, rounded to the wider of the two dtypes; returns (row norm of h in x's dtype, h)."""
-    h = x + residual
-    return reference(h, *affine, **options).to(x.dtype), h
+    y, h, _, _ = _forward(x, residual, *affine, **options)
+    return y, h
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    weight_offset: float,
+    center: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(y, h, the means of the rows of h or None, their 1/√(…))."""
+    h = x if residual is None else x + residual
+    n = h.to(torch.promote_types(h.dtype, torch.float32))
+    mean = n.mean(-1, keepdim=True) if center else None
+    if mean is not None:
+        n = n - mean
+    rstd = torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
+    y = n * rstd
+    if weight is not None:
+        y = y * (weight.to(n.dtype) + weight_offset)
+    if bias is not None:
+        y = y + bias.to(n.dtype)
+    return y.to(x.dtype), h, mean, rstd
+
+
+def compiled(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
+    """The plain forms, compiled; with a residual they return (y, h)."""
+    return fused(_compiled_forward, _compiled_backward, _second, (x, residual, weight, bias), options)
+
+
+def _compiled_forward(x: Tensor, residual: Tensor | None, *affine: Tensor | None, **options: Any) -> Any:
+    y, h, mean, rstd = compiled_call(_forward, (x, residual, *affine), options)
+    return (y, (x, *affine, mean, rstd)) if residual is None else ((y, h), (h, *affine, mean, rstd))
+
+
+def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
+    dy, dh_out = grads if len(grads) == 2 else (*grads, None)
+    needs = (needs[0] or needs[1], *needs[2:])
+    dh, dweight, dbias = compiled_call(_gradients, (dy, dh_out, *saved), {"needs": needs, **options})
+    return dh, dh, dweight, dbias
+
+
+def _gradients(
+    dy: Tensor,
+    dh_out: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    *,
+    needs: tuple[bool, bool, bool],
+    weight_offset: float,
+    **_: Any,
+) -> Gradients:
+    """The gradients of h, weight and bias in closed form.
+
+    Autograd through the reference would have the compiler add dy·n up along whole columns, one by one: on one core of
+    an EPYC, float32 [2048, 1024], that took 6.4 ms for 4.0, and its rounding error was four times as large.
+    """
+    n, g = h.to(rstd.dtype), dy.to(rstd.dtype)
+    if mean is not None:
+        n = n - mean
+    n = n * rstd
+    dweight = _column_sum(g, n).to(weight.dtype) if weight is not None and needs[1] else None
+    dbias = _column_sum(g).to(bias.dtype) if bias is not None and needs[2] else None
+    if not needs[0]:
+        return None, dweight, dbias
+    if weight is not None:
+        g = g * (weight.to(rstd.dtype) + weight_offset)
+    dh = g - n * (g * n).mean(-1, keepdim=True)
+    if mean is not None:
+        dh = dh - g.mean(-1, keepdim=True)
+    dh = dh * rstd
+    if dh_out is not None:
+        dh = dh + dh_out
+    return dh.to(h.dtype), dweight, dbias
+
+
+def _column_sum(*factors: Tensor, rows: int = 32) -> Tensor:
+    """Σ of the product over all dims but the last: of blocks of rows, which stay in the cache, then of the blocks."""
+    factors = tuple(f.reshape(-1, f.shape[-1]) for f in factors)
+    whole = factors[0].shape[0] // rows * rows
+    # Sliced before they are multiplied: the compiler would write a product that is read twice to memory.
+    blocks = functools.reduce(torch.mul, [f[:whole].unflatten(0, (whole // rows, rows)) for f in factors])
+    rest = functools.reduce(torch.mul, [f[whole:] for f in factors])
+    return blocks.sum(1).sum(0) + rest.sum(0)
 
 
 def triton(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
