@@ -17,7 +17,7 @@ FILE_WIDTH = 190
 
 
 def show(records: Sequence[Record], console: Console | None = None) -> None:
-    """Print one row for each operator, shape, dtype and pass; then the geometric means; then what was refused."""
+    """Print one row for each operator, shape, dtype and pass; the geometric means; what is over budget or absent."""
     console = console or Console()
     if not console.is_terminal:
         console.width = FILE_WIDTH
@@ -37,7 +37,8 @@ def show(records: Sequence[Record], console: Console | None = None) -> None:
 def _times(rows: dict[tuple[str, ...], dict[str, Record]]) -> Table:
     table = Table(
         box=box.SIMPLE,
-        title="Median milliseconds; ratio of times (95 % interval); largest error relative to the result's scale",
+        title="Median milliseconds; ratio of times (95 % interval); largest error relative to the result's scale "
+        "(!: over the budget)",
     )
     for name in ("op", "shape", "dtype", "pass"):
         table.add_column(name, no_wrap=True)
@@ -87,4 +88,5 @@ def _error(record: Record | None) -> str:
     if record is None or "error_outputs" not in record:
         return "-"
     gradients = record["error_gradients"]
-    return f"{record['error_outputs'] if gradients is None else max(record['error_outputs'], gradients):.1e}"
+    largest = record["error_outputs"] if gradients is None else max(record["error_outputs"], gradients)
+    return f"{largest:.1e}{'' if record['status'] == 'ok' else '[bold red]![/]'}"

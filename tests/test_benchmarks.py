@@ -139,15 +139,30 @@ def without_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops.dispatch, "unavailable", unavailable)
 
 
-def test_a_wrong_provider_is_refused_and_gets_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_braze_is_refused_and_gets_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_compile(monkeypatch)
+    monkeypatch.setattr(ops.dispatch, "default", lambda *_: ops.dispatch.Choice("wrong", "planted"))
+    impls = {"wrong": lambda x, *others, **options: RMS_NORM.reference(_HalfGradient.apply(x), *others, **options)}
+    records = ops.measure(case(dataclasses.replace(RMS_NORM, impls=impls)), 3, FakeClock())
+    found = {(r["provider"], r["pass"]): r for r in records}
+    assert found["braze", "forward"]["status"] == "ok"
+    refused = found["braze", "forward+backward"]
+    assert refused["status"].startswith("wrong: gradient 0")
+    assert not {"median_ms", "ratio"} & refused.keys()
+    assert found["aten", "forward+backward"]["median_ms"] == pytest.approx(1.0)
+
+
+def test_a_wrong_baseline_keeps_its_time_and_is_marked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     without_compile(monkeypatch)
     records = ops.measure(case(dataclasses.replace(RMS_NORM, aten=wrong_gradient)), 3, FakeClock())
     found = {(r["provider"], r["pass"]): r for r in records}
-    assert found["aten", "forward"]["status"] == "ok"
-    refused = found["aten", "forward+backward"]
-    assert refused["status"].startswith("wrong: gradient 0")
-    assert not {"median_ms", "ratio"} & refused.keys()
-    assert found["braze", "forward+backward"]["median_ms"] == pytest.approx(1.0)
+    marked = found["aten", "forward+backward"]
+    assert marked["status"].startswith("wrong: gradient 0")
+    assert marked["median_ms"] == pytest.approx(1.0)
+    ops.ops_table.show(records)
+    assert f"{marked['error_gradients']:.1e}!" in capsys.readouterr().out
 
 
 def test_what_cannot_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
