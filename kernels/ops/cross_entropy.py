@@ -21,11 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..autograd import fused, vjp
-from ..op import Call, Draw, ErrorInput, Excess, Op, Preference, Traffic
+from ..autograd import Gradients, fused, vjp
+from ..compiled import compiled_call
+from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 
-#: Up to so many classes ATen's kernels are faster on the CPU than the compiled form.
-ATEN_CLASSES = 4096
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -43,9 +42,7 @@ def reference(
     """Cross-entropy in plain PyTorch: x [N, C, d1, …] and target [N, d1, …], or x [C] and a scalar target."""
     classes = 1 if x.dim() > 1 else 0
     ignored = target == ignore_index
-    s = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(ignored.unsqueeze(classes), 0.0)
-    if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
+    s = _scores(x, ignored, softcap)
     index = target.long().masked_fill(ignored, 0)
     w = torch.ones_like(index, dtype=s.dtype) if weight is None else weight.to(s.dtype)[index]
     logp = torch.log_softmax(s, classes)
@@ -206,21 +203,73 @@ def _triton(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) ->
     return loss.view(target.shape) if options["reduction"] == "none" else loss
 
 
-def _in_aten(
-    x: Tensor, target: Tensor, weight: Tensor | None, *, softcap: float | None, z_loss: float, **_: Any
-) -> bool:
-    small = x.shape[1 if x.dim() > 1 else 0] <= ATEN_CLASSES
-    # In bfloat16 and float16, ATen rounds the log-probabilities before it takes their exponential in the backward pass.
-    return small and softcap is None and not z_loss and x.dtype in (torch.float32, torch.float64)
+def _compiled(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
+    return fused(_compiled_forward, _compiled_backward, vjp(reference), (x, target, weight), options)
 
 
-def _plain_aten(
-    x: Tensor, target: Tensor, weight: Tensor | None, *, softcap: None, z_loss: float, **options: Any
+def _compiled_forward(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Any:
+    loss, peak, log_sum = compiled_call(_with_statistics, (x, target, weight), options)
+    return loss, (x, target, weight, peak, log_sum)
+
+
+def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
+    return compiled_call(_gradient, (*grads, *saved), options), None, None
+
+
+def _with_statistics(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, max s, log Σ exp(s − max s)); the compiler sees that the loss computes the same statistics."""
+    classes = 1 if x.dim() > 1 else 0
+    s = _scores(x, target == options["ignore_index"], options["softcap"])
+    peak = s.amax(classes, keepdim=True)
+    return reference(x, target, weight, **options), peak, (s - peak).exp().sum(classes, keepdim=True).log()
+
+
+def _gradient(
+    grad: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    peak: Tensor,
+    log_sum: Tensor,
+    *,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
 ) -> Tensor:
-    ignored = target == options["ignore_index"]
-    if ignored.any():  # ATen's gradient of an ignored position is NaN where its logits are
-        x = x.masked_fill(ignored.unsqueeze(1 if x.dim() > 1 else 0), 0.0)
-    return F.cross_entropy(x, target.long(), weight, **options)
+    """The gradient of the logits in closed form: x is read once and nothing of its size is kept."""
+    classes = 1 if x.dim() > 1 else 0
+    C = x.shape[classes]
+    ignored = (target == ignore_index).unsqueeze(classes)
+    index = target.long().unsqueeze(classes).masked_fill(ignored, 0)
+    s = _scores(x, ignored.squeeze(classes), softcap)
+    w = torch.ones_like(peak) if weight is None else weight.to(s.dtype)[index]
+    if grad.dim():
+        grad = grad.unsqueeze(classes)
+    if reduction == "mean":
+        grad = grad / w.masked_fill(ignored, 0.0).sum()
+    pull = (1.0 - label_smoothing) * w
+    push = pull
+    every = torch.arange(C, device=x.device).view(-1, *[1] * (x.dim() - classes - 1))
+    ds = torch.where(every == index, -pull, 0.0)
+    if label_smoothing:
+        each = torch.ones_like(every, dtype=s.dtype) if weight is None else weight.to(s.dtype).view(every.shape)
+        ds = ds - label_smoothing / C * each
+        push = push + label_smoothing / C * each.sum()
+    if z_loss:
+        push = push + 2.0 * z_loss * w * (peak + log_sum)
+    ds = (ds + (s - peak - log_sum).exp() * push) * grad
+    if softcap is not None:
+        ds = ds * (1.0 - (s / softcap).square())
+    return ds.masked_fill(ignored, 0.0).to(x.dtype)
+
+
+def _scores(x: Tensor, ignored: Tensor, softcap: float | None) -> Tensor:
+    """The capped logits in float32 or wider, 0 where ignored: neither inf nor NaN there reaches a sum."""
+    s = x.to(torch.promote_types(x.dtype, torch.float32))
+    s = s.masked_fill(ignored.unsqueeze(1 if x.dim() > 1 else 0), 0.0)
+    return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
 def _aten(
@@ -306,7 +355,7 @@ CROSS_ENTROPY = Op(
     name="cross_entropy",
     fn=cross_entropy,
     reference=reference,
-    impls={"triton": _triton, "aten": _plain_aten},
+    impls={"triton": _triton, "compile": _compiled},
     inputs=_inputs,
     dims={"N": (0, 1, 2, 5, 129), "C": (1, 2, 10, 31, 33, 127, 129, 256, 1025, 4096, 4097, 10_001)},
     bench=({"N": 4096, "C": 32_000}, {"N": 8192, "C": 256}),
@@ -326,6 +375,5 @@ CROSS_ENTROPY = Op(
         "everything, N-D": {"spatial": True, "weight": True, "label_smoothing": 0.1, "softcap": 5.0, "z_loss": 1e-2},
     },
     module=CrossEntropyLoss,
-    aten_on_cpu=Preference(_in_aten, f"float32, up to {ATEN_CLASSES} classes, no softcap, no z_loss"),
     autocast_to_float32=frozenset({"cpu", "cuda", "xpu"}),
 )

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import Gradients, fused
-from ..op import Call, Draw, ErrorInput, Excess, Op, Preference, Traffic
+from ..compiled import compiled_call
+from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 
 
 def reference(x: Tensor, mask: Tensor | None, *, scale: float, causal: bool) -> Tensor:
@@ -112,26 +113,35 @@ def _triton(x: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
     return fused(kernels.forward, kernels.backward, _second, (x, mask), options)
 
 
-def _second(grads: Any, saved: Any, needs: Any, *, scale: float, causal: bool) -> Gradients:
-    """The gradients in terms of y, which carries its own graph."""
-    output, mask = saved
-    y = output.float()
-    y = y / y.sum(-1, keepdim=True)
-    ds = y * (grads[0] - (grads[0] * y).sum(-1, keepdim=True))
-    dropped = _dropped(output, mask, causal)
+def _compiled(x: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    return fused(_compiled_forward, _compiled_backward, _second, (x, mask), options)
+
+
+def _compiled_forward(x: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    y = compiled_call(reference, (x, mask), options)
+    return y, (y, mask)
+
+
+def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
+    return compiled_call(_gradients, (*grads, *saved), {"needs": needs, **options})
+
+
+def _second(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
+    return _gradients(*grads, *saved, needs=needs, **options)
+
+
+def _gradients(
+    dy: Tensor, y: Tensor, mask: Tensor | None, *, needs: tuple[bool, bool], scale: float, causal: bool
+) -> Gradients:
+    """The gradients of x and of the mask in terms of y, which carries its own graph; y comes rounded, p sums to 1."""
+    p = y.to(torch.promote_types(y.dtype, torch.float32))
+    p = p / p.sum(-1, keepdim=True)
+    ds = p * (dy - (dy * p).sum(-1, keepdim=True))
+    dropped = _dropped(y, mask, causal)
     if dropped is not None:
         ds = ds.masked_fill(dropped, 0.0)
-    dmask = ds.sum_to_size(mask.shape).to(mask.dtype) if needs[1] else None
-    return (scale * ds).to(output.dtype), dmask
-
-
-def _in_aten(x: Tensor, mask: Tensor | None, *, scale: float, causal: bool) -> bool:
-    # In bfloat16 and float16, ATen's backward pass has no correct digit where y, which it rounds, is nearly one-hot.
-    return mask is None and not causal and scale == 1.0 and x.dtype in (torch.float32, torch.float64)
-
-
-def _plain_aten(x: Tensor, mask: None, *, scale: float, causal: bool) -> Tensor:
-    return torch.softmax(x, -1)
+    dmask = ds.sum_to_size(mask.shape).to(mask.dtype) if mask is not None and needs[1] else None
+    return (scale * ds).to(y.dtype), dmask
 
 
 def _aten(x: Tensor, *, mask: Tensor | None = None, scale: float = 1.0, causal: bool = False, dim: int = -1) -> Tensor:
@@ -191,7 +201,7 @@ SOFTMAX = Op(
     name="softmax",
     fn=softmax,
     reference=reference,
-    impls={"triton": _triton, "aten": _plain_aten},
+    impls={"triton": _triton, "compile": _compiled},
     inputs=_inputs,
     dims={"B": (0, 1, 3), "Q": (1, 2, 5, 33), "K": (1, 31, 32, 33, 127, 129, 1023, 1025, 16_384, 16_385)},
     bench=({"B": 128, "Q": 512, "K": 512}, {"B": 1, "Q": 4096, "K": 1024}, {"B": 1, "Q": 4096, "K": 4096}),
@@ -211,6 +221,5 @@ SOFTMAX = Op(
         "dim 1": {"dim": 1},
     },
     module=Softmax,
-    aten_on_cpu=Preference(_in_aten, "float32 with no mask and no scale"),
     autocast_to_float32=frozenset({"cuda", "xpu"}),
 )
