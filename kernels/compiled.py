@@ -54,22 +54,36 @@ def compiled(reference: Callable[..., Any]) -> Callable[..., Any]:
 def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Any:
     """``function(*tensors, **options)``, compiled, with no record for autograd."""
     described = ((t.dim(), t.dtype, t.device) if t is not None else None for t in tensors)
+    kind = (function, *described, *sorted(options.items()))
+    widths = tuple(t.shape[-1] if t is not None and t.dim() > 1 else None for t in tensors)
+    known = _widths.setdefault(kind, set())
+    if len(known) < MOST_WIDTHS:
+        known.add(widths)
     # Detached: Dynamo looks at .grad, which warns where a tensor is not a leaf.
     detached = (None if t is None else t.detach() for t in tensors)
     with torch.no_grad():
-        return _specialization(function, (*described, *sorted(options.items())))(*detached, **options)
+        return _specialization(kind, widths if widths in known else None)(*detached, **options)
 
 
+#: Widths of rows that get compiled code of their own, for each kind of call; further ones share code for any width.
+#: With a constant width softmax of float32 [4096, 1024] took 2.7 ms, with a variable one 3.6 (two cores of an EPYC).
+MOST_WIDTHS = 4
+_widths: dict[tuple[Any, ...], set[tuple[int | None, ...]]] = {}
 _serial = itertools.count()
 
 
 @functools.cache
-def _specialization(function: Callable[..., Any], kind: tuple[Any, ...]) -> Callable[..., Any]:
+def _specialization(kind: tuple[Any, ...], widths: tuple[int | None, ...] | None) -> Callable[..., Any]:
+    function = kind[0]
+
+    def call(*tensors: Tensor | None, **options: Any) -> Any:
+        for t, width in zip(tensors, widths or (), strict=False):
+            if t is not None and width is not None:
+                torch._dynamo.mark_static(t, t.dim() - 1)
+        return function(*tensors, **options)
+
     # Dynamo counts recompiles per code object and falls back to eager, in silence, after eight. Each kind of call gets
     # a code object of its own, so only sizes can recompile, and dynamic=True covers those.
-    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
-    copy = types.FunctionType(
-        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
+    code = call.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
+    copy = types.FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
     return torch.compile(copy, dynamic=True, fullgraph=True)

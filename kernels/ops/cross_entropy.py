@@ -41,26 +41,49 @@ def reference(
 ) -> Tensor:
     """Cross-entropy in plain PyTorch: x [N, C, d1, …] and target [N, d1, …], or x [C] and a scalar target."""
     classes = 1 if x.dim() > 1 else 0
-    ignored = target == ignore_index
-    s = _scores(x, ignored, softcap)
-    index = target.long().masked_fill(ignored, 0)
-    w = torch.ones_like(index, dtype=s.dtype) if weight is None else weight.to(s.dtype)[index]
+    s = _scores(x, target == ignore_index, softcap)
     logp = torch.log_softmax(s, classes)
+    lse = torch.logsumexp(s, classes) if z_loss else None
+    return _loss(logp, lse, target, weight, ignore_index, reduction, label_smoothing, z_loss).to(x.dtype)
+
+
+def _scores(x: Tensor, ignored: Tensor, softcap: float | None) -> Tensor:
+    """The capped logits in float32 or wider, 0 where ignored: neither inf nor NaN there reaches a sum."""
+    s = x.to(torch.promote_types(x.dtype, torch.float32))
+    s = s.masked_fill(ignored.unsqueeze(1 if x.dim() > 1 else 0), 0.0)
+    return s if softcap is None else softcap * torch.tanh(s / softcap)
+
+
+def _loss(
+    logp: Tensor,
+    lse: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """The losses, or their sum or mean, of log-probabilities; lse is needed for the z-loss alone."""
+    classes = 1 if logp.dim() > 1 else 0
+    ignored = target == ignore_index
+    index = target.long().masked_fill(ignored, 0)
+    w = torch.ones_like(index, dtype=logp.dtype) if weight is None else weight.to(logp.dtype)[index]
     loss = -(1.0 - label_smoothing) * w * logp.gather(classes, index.unsqueeze(classes)).squeeze(classes)
     if label_smoothing:
         if weight is None:
             every = logp.sum(classes)
         else:
-            every = (logp * weight.to(s.dtype).view(-1, *[1] * (x.dim() - classes - 1))).sum(classes)
-        loss = loss - label_smoothing / x.shape[classes] * every
-    if z_loss:
-        loss = loss + z_loss * w * torch.logsumexp(s, classes).square()
+            every = (logp * weight.to(logp.dtype).view(-1, *[1] * (logp.dim() - classes - 1))).sum(classes)
+        loss = loss - label_smoothing / logp.shape[classes] * every
+    if lse is not None:
+        loss = loss + z_loss * w * lse.square()
     loss = loss.masked_fill(ignored, 0.0)
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":
         loss = loss / w.masked_fill(ignored, 0.0).sum()
-    return loss.to(x.dtype)
+    return loss
 
 
 def cross_entropy(
@@ -216,12 +239,26 @@ def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gr
     return compiled_call(_gradient, (*grads, *saved), options), None, None
 
 
-def _with_statistics(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, max s, log Σ exp(s − max s)); the compiler sees that the loss computes the same statistics."""
+def _with_statistics(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, max s, log Σ exp(s − max s)): log_softmax spelled out, for the statistics."""
     classes = 1 if x.dim() > 1 else 0
-    s = _scores(x, target == options["ignore_index"], options["softcap"])
+    s = _scores(x, target == ignore_index, softcap)
     peak = s.amax(classes, keepdim=True)
-    return reference(x, target, weight, **options), peak, (s - peak).exp().sum(classes, keepdim=True).log()
+    log_sum = (s - peak).exp().sum(classes, keepdim=True).log()
+    lse = (peak + log_sum).squeeze(classes) if z_loss else None
+    logp = s - peak - log_sum
+    loss = _loss(logp, lse, target, weight, ignore_index, reduction, label_smoothing, z_loss)
+    return loss.to(x.dtype), peak, log_sum
 
 
 def _gradient(
@@ -263,13 +300,6 @@ def _gradient(
     if softcap is not None:
         ds = ds * (1.0 - (s / softcap).square())
     return ds.masked_fill(ignored, 0.0).to(x.dtype)
-
-
-def _scores(x: Tensor, ignored: Tensor, softcap: float | None) -> Tensor:
-    """The capped logits in float32 or wider, 0 where ignored: neither inf nor NaN there reaches a sum."""
-    s = x.to(torch.promote_types(x.dtype, torch.float32))
-    s = s.masked_fill(ignored.unsqueeze(1 if x.dim() > 1 else 0), 0.0)
-    return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
 def _aten(
