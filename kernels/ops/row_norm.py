@@ -112,11 +112,13 @@ def _gradients(
 def _column_sum(*factors: Tensor, rows: int = 32) -> Tensor:
     """Σ of the product over all dims but the last: of blocks of rows, which stay in the cache, then of the blocks."""
     factors = tuple(f.reshape(-1, f.shape[-1]) for f in factors)
-    whole = factors[0].shape[0] // rows * rows
-    # Sliced before they are multiplied: the compiler would write a product that is read twice to memory.
-    blocks = functools.reduce(torch.mul, [f[:whole].unflatten(0, (whole // rows, rows)) for f in factors])
-    rest = functools.reduce(torch.mul, [f[whole:] for f in factors])
-    return blocks.sum(1).sum(0) + rest.sum(0)
+    N, _ = factors[0].shape
+    if rows > N:
+        return functools.reduce(torch.mul, factors).sum(0)
+    # Cut up before they are multiplied: the compiler would write a product that is read twice to memory.
+    blocks = functools.reduce(torch.mul, [f.unfold(0, rows, rows) for f in factors])
+    rest = functools.reduce(torch.mul, [f[N // rows * rows :] for f in factors])
+    return blocks.sum(-1).sum(0) + rest.sum(0)
 
 
 def triton(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
