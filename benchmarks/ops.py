@@ -18,11 +18,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from braze.kernels import OPS, dispatch
 from braze.kernels.op import Call, Dims, Draw, Op
@@ -140,7 +140,7 @@ def _measure_pass(
         samples = timing.compare(work, clock, rounds)
     records = []
     for name in (*functions, "copy"):
-        figures: Record = {"status": "ok", "implementation": _implementation(call, name, case.op.fn)}
+        figures: Record = {"status": "ok", "implementation": _implementation(case, call, name)}
         if name in errors:
             figures["error_outputs"], figures["error_gradients"], wrong = errors[name]
             if wrong:
@@ -198,19 +198,11 @@ def _providers(case: Case, call: Call) -> tuple[dict[str, Function], dict[str, s
     return functions | {BASELINE: case.op.fn}, {"compiled": missing} if missing else {}
 
 
-def _implementation(call: Call, provider: str, fn: Function) -> str:
+def _implementation(case: Case, call: Call, provider: str) -> str:
     if provider != BASELINE:
         return {"aten": "eager", "compiled": "torch.compile of the eager form", "copy": "Tensor.copy_"}[provider]
-    choose = dispatch.choose
-    chosen = []
-
-    def noted(*arguments: Any) -> dispatch.Choice:
-        chosen.append(choose(*arguments))
-        return chosen[-1]
-
-    with mock.patch.object(dispatch, "choose", noted), torch.no_grad():
-        fn(*call.args, **call.kwargs)
-    return chosen[-1].backend
+    present = tuple(t for t in pytree.tree_leaves(call) if isinstance(t, Tensor))
+    return dispatch.choose(case.op, present).backend
 
 
 def _work(fn: Function, call: Call, cotangents: Sequence[Tensor] | None) -> timing.Work:

@@ -39,12 +39,9 @@ def _choice(op: dispatch.Op, device: str, dtype: torch.dtype) -> tuple[str, str]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the warning is the reason that the table prints
-            asked_for = dispatch.asked_for(op, device, dtype)
-            choice = asked_for or dispatch.default(op, device, dtype, dispatch.SMALLEST_COMPILED)
+            choice = dispatch.preferred(op, device, dtype, dispatch.SMALLEST_COMPILED)
     except RuntimeError as error:  # BRAZE_BACKEND asks for what cannot run here
         return "error", str(error)
-    if device == "cpu" and op.aten_on_cpu and not asked_for:
-        return f"{choice.backend}, aten", f"{choice.reason}; ATen's own kernel for {op.aten_on_cpu.words}"
     if device == "cuda" and not torch.cuda.is_available():
         return f"({choice.backend})", f"{choice.reason}, were there a GPU"
     return choice

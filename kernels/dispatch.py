@@ -9,7 +9,7 @@ under a tracer, a dispatch mode,
 a tensor subclass, or one that is not
 plain memory (sparse, nested, negated)    the plain reference, which they can see into
 CUDA, ROCm, XPU tensor                    Triton
-CPU tensor                                the compiled reference, or ATen's own kernel for ``Op.aten_on_cpu``
+CPU tensor                                the compiled form; the plain reference under ``SMALLEST_COMPILED``
 anything else, or a missing part          the plain reference; one warning says what is missing
 ``use_backend(...)``, ``BRAZE_BACKEND``   what was asked for, or an error
 ========================================  ==========================================================================
@@ -21,7 +21,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -76,15 +76,17 @@ def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
         tensors = tuple(_to_float32(t) for t in tensors)
     if torch.compiler.is_compiling():
         return op.reference(*tensors, **options)
-    function = implementation(op, choose(op, tensors, options).backend)
-    if first.device.index is not None and first.device.index != torch.accelerator.current_device_index():
-        with torch.accelerator.device_index(first.device.index):  # Triton launches on the current device
+    backend = choose(op, tensors).backend
+    function = implementation(op, backend)
+    index = first.device.index if backend == "triton" else None
+    if index is not None and index != torch.accelerator.current_device_index():
+        with torch.accelerator.device_index(index):  # Triton launches on the current device
             return function(*tensors, **options)
     return function(*tensors, **options)
 
 
-def choose(op: Op, tensors: tuple[Tensor | None, ...], options: Mapping[str, Any]) -> Choice:
-    """The implementation that ``op`` runs in eager mode for these arguments of ``op.reference``, and why.
+def choose(op: Op, tensors: tuple[Tensor | None, ...]) -> Choice:
+    """The implementation that ``op`` runs for ``tensors`` in eager mode, and why.
 
     Raises:
         RuntimeError: if a backend was asked for that cannot run here.
@@ -100,32 +102,18 @@ def choose(op: Op, tensors: tuple[Tensor | None, ...], options: Mapping[str, Any
             f"{op.name}: all tensors must be on one device, got {', '.join(str(t.device) for t in present)}; "
             "move them, e.g. t.to(x.device)"
         )
-    dtypes = {t.dtype for t in present if t.is_floating_point()}
-    dtype = torch.float64 if torch.float64 in dtypes else present[0].dtype
-    choice = asked_for(op, device.type, dtype)
-    if choice:
-        return choice
-    preference = op.aten_on_cpu if device.type == "cpu" and len(dtypes) == 1 else None
-    if preference and preference.when(*tensors, **options):
-        return Choice("aten", f"ATen's own kernel was measured faster for {preference.words}")
-    return default(op, device.type, dtype, max(t.numel() for t in present))
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in present) else present[0].dtype
+    return preferred(op, device.type, dtype, max(t.numel() for t in present))
 
 
-def asked_for(op: Op, device: str, dtype: torch.dtype) -> Choice | None:
-    """The backend of ``use_backend`` or of ``BRAZE_BACKEND``, if there is one.
-
-    Raises:
-        RuntimeError: if it cannot run ``op`` on such tensors.
-    """
-    backend = _forced or _valid(os.environ.get("BRAZE_BACKEND") or None, "the environment variable BRAZE_BACKEND")
-    missing = unavailable(op, backend, device, dtype) if backend else None
-    if missing:
-        raise RuntimeError(f"backend {backend!r} was asked for, but {op.name} cannot run it here: {missing}")
-    return Choice(backend, "asked for") if backend else None
-
-
-def default(op: Op, device: str, dtype: torch.dtype, elements: int) -> Choice:
-    """What runs for ordinary tensors, the largest of which has so many elements, if nobody asks for a backend."""
+def preferred(op: Op, device: str, dtype: torch.dtype, elements: int) -> Choice:
+    """What :func:`choose` answers for ordinary tensors, the largest of which has so many elements."""
+    forced = _forced or _valid(os.environ.get("BRAZE_BACKEND") or None, "the environment variable BRAZE_BACKEND")
+    if forced:
+        missing = unavailable(op, forced, device, dtype)
+        if missing:
+            raise RuntimeError(f"backend {forced!r} was asked for, but {op.name} cannot run it here: {missing}")
+        return Choice(forced, "asked for")
     backend = {"cuda": "triton", "xpu": "triton", "cpu": "compile"}.get(device)
     if backend is None:
         return Choice("eager", f"no fused implementation for device {device!r}")
@@ -220,4 +208,4 @@ def _interpreting() -> bool:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=6)  # default, choose, run, the function, its caller
+    warnings.warn(message, RuntimeWarning, stacklevel=6)  # preferred, choose, run, the function, its caller

@@ -52,15 +52,6 @@ class Excess(NamedTuple):
     reason: str
 
 
-class Preference(NamedTuple):
-    """Calls for which one implementation was measured faster than the default."""
-
-    #: ``when(*tensors, **options)``, called as ``reference`` is.
-    when: Callable[..., bool]
-    #: The same in words, after "for".
-    words: str
-
-
 class Draw:
     """Draws tensors of one dtype, layout and value regime; everything follows from ``seed``."""
 
@@ -147,8 +138,8 @@ class Op:
     fn: Callable[..., Any]
     #: The mathematics in plain PyTorch: float32 (or wider) inside, differentiable to any order.
     reference: Callable[..., Any]
-    #: Every other implementation, called as ``reference`` is: ``"triton"``; ``"aten"``, where ATen has the whole
-    #: operator as a kernel of its own; ``"compile"``, where that is not simply the compiled ``reference``.
+    #: Every other implementation, called as ``reference`` is: ``"triton"``; ``"compile"``, where that is not simply
+    #: the compiled ``reference``.
     impls: Mapping[str, Callable[..., Any]]
     #: ``inputs(draw, **dims, **options)``: a valid call of ``fn``.
     inputs: Callable[..., Call]
@@ -175,8 +166,6 @@ class Op:
     module: type[torch.nn.Module] | None = None
     #: Allowed error in units of the reference's own. Raising it needs a reason beside it.
     slack: float = 2.0
-    #: When the CPU runs ``impls["aten"]`` and not the compiled reference.
-    aten_on_cpu: Preference | None = None
     #: Device types on which autocast runs the ATen counterpart in float32.
     autocast_to_float32: frozenset[str] = frozenset()
 

@@ -133,7 +133,7 @@ def test_runs_on_the_cpu_without_triton_and_all_extras(tmp_path: Path, compile_d
     torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (512,), None, 1e-6))
     assert x.grad is not None
     from braze.kernels import dispatch
-    print(dispatch.choose(braze.kernels.RMS_NORM, (x,), {}).backend)
+    print(dispatch.choose(braze.kernels.RMS_NORM, (x,)).backend)
     """
     )
     environment = {"TORCHDYNAMO_DISABLE": compile_disabled, "TRITON_INTERPRET": "0"}

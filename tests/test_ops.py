@@ -93,15 +93,6 @@ def test_the_default_is_within_the_error_budget(
     check_against_reference(example(op, variant, dtype, weight_dtype=weight_dtype, device=device, **layouts), None)
 
 
-@pytest.mark.parametrize(
-    ("op", "variant"), [pytest.param(op, v, id=f"{op}-{v}") for op in OPS if op.aten_on_cpu for v in op.variants]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@pytest.mark.parametrize("regime", [r for r in REGIMES if r != "ordinary"])
-def test_the_kernels_of_aten_are_within_the_error_budget(op: Op, variant: str, dtype: torch.dtype, regime: str) -> None:
-    check_against_reference(example(op, variant, dtype, regime=regime), None)
-
-
 @every_op
 def test_second_derivatives_are_right(op: Op, device: str) -> None:
     @given(case=cases(op, (torch.float32, None), device))
