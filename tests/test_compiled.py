@@ -1,0 +1,51 @@
+"""The compiled CPU forms: what compiles anew, and what must not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from braze.kernels import RMS_NORM, compiled, rms_norm, use_backend
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_calls", {})
+    monkeypatch.setattr(compiled, "_widths", {})
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def check(rows: int, width: int, eps: float = 1e-6) -> None:
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+    with use_backend("compile"), torch.no_grad():
+        torch.testing.assert_close(rms_norm(x, eps=eps), RMS_NORM.reference(x, None, eps=eps, weight_offset=0.0))
+
+
+def test_another_number_of_rows_runs_the_same_code() -> None:
+    check(48, 64)
+    before = graphs()
+    for rows in (2, 33, 100):
+        check(rows, 64)
+    assert graphs() == before
+
+
+def test_options_are_constants_of_the_code() -> None:
+    check(48, 64)
+    before = graphs()
+    check(48, 64, eps=0.5)
+    assert graphs() == before + 1
+
+
+def test_the_first_widths_have_code_of_their_own_and_the_others_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "MOST_WIDTHS", 1)
+    before = graphs()
+    check(48, 64)
+    check(48, 80)
+    assert graphs() == before + 2
+    for width in (96, 33, 64):
+        check(48, width)
+    assert graphs() == before + 2
