@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import Gradients, fused
+from ..compiled import compiled, compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 
 
@@ -111,14 +112,36 @@ def _triton(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor
     return fused(kernels.forward, kernels.backward, _second, (x, cos, sin), {"interleaved": interleaved})
 
 
-def _second(grads: Any, saved: Any, needs: Any, *, interleaved: bool) -> Gradients:
+def _compiled(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return compiled(reference)(x, cos, sin, interleaved=interleaved)
+    return fused(_compiled_forward, _compiled_backward, _second, (x, cos, sin), {"interleaved": interleaved})
+
+
+def _compiled_forward(x: Tensor, cos: Tensor, sin: Tensor, **options: bool) -> Any:
+    return compiled_call(reference, (x, cos, sin), options), (cos, sin)
+
+
+def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: bool) -> Gradients:
+    return compiled_call(_turned_back, (*grads, *saved), options), None, None
+
+
+def _second(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
+    return _turned_back(*grads, *saved, **options), None, None
+
+
+def _turned_back(dy: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """The transposed rotation: rotate is its own inverse but for the sign."""
-    (dy,), (cos, sin) = grads, saved
     R = cos.shape[-1]
     wide = torch.promote_types(dy.dtype, torch.float32)
     turning, rest = dy[..., :R].to(wide), dy[..., R:]
-    turned = turning * cos.to(wide) - rotate(turning * sin.to(wide), interleaved)
-    return torch.cat((turned.to(dy.dtype), rest), -1), None, None
+    cos, sin = cos.to(wide), sin.to(wide)
+    if interleaved:
+        turned = [turning * cos - rotate(turning * sin, interleaved)]
+    else:
+        (g1, g2), (c1, c2), (s1, s2) = turning.chunk(2, -1), cos.chunk(2, -1), sin.chunk(2, -1)
+        turned = [g1 * c1 + g2 * s2, g2 * c2 - g1 * s1]
+    return torch.cat((*(t.to(dy.dtype) for t in turned), rest), -1)
 
 
 def _aten(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
@@ -164,7 +187,7 @@ ROPE = Op(
     name="rope",
     fn=rope,
     reference=reference,
-    impls={"triton": _triton},
+    impls={"triton": _triton, "compile": _compiled},
     inputs=_inputs,
     dims={"B": (0, 1, 2, 3), "H": (1, 2, 5, 33), "S": (0, 1, 2, 7, 33), "D": (1, 2, 31, 64, 66, 128, 2048, 2100)},
     # Llama-3.1-8B and SmolLM2-135M.
