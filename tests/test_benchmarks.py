@@ -140,11 +140,10 @@ def without_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_braze_is_refused_and_gets_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_compile(monkeypatch)
-    monkeypatch.setattr(ops.dispatch, "preferred", lambda *_: ops.dispatch.Choice("wrong", "planted"))
     plain = RMS_NORM.reference
-    impls = {"wrong": lambda x, weight, **options: plain(_HalfGradient.apply(x), weight, **options)}
+    impls = {"compile": lambda x, weight, **options: plain(_HalfGradient.apply(x), weight, **options)}
     monkeypatch.setattr(ops.dispatch, "implementation", lambda _, backend: impls.get(backend, plain))
+    monkeypatch.setattr(ops.dispatch, "SMALLEST_COMPILED", 0)
     records = ops.measure(case(RMS_NORM), 3, FakeClock())
     found = {(r["provider"], r["pass"]): r for r in records}
     assert found["braze", "forward"]["status"] == "ok"
