@@ -361,11 +361,21 @@ def _errors() -> Iterator[ErrorInput]:
     yield ErrorInput(Call((x, wrong)), IndexError, r"target must be in \[0, 8\) or ignore_index \(-100\), got 8")
 
 
-def _traffic(itemsize: int, *, N: int, C: int, weight: bool = False, spatial: bool = False, **_: Any) -> Traffic:
+def _traffic(
+    itemsize: int,
+    *,
+    N: int,
+    C: int,
+    weight: bool = False,
+    spatial: bool = False,
+    label_smoothing: float = 0.0,
+    **_: Any,
+) -> Traffic:
     """x where it counts, target forward; the same and dx backward; 16 bytes of loss and statistics a position."""
     positions = 3 * N if spatial else N
     counted = positions - _ignored(positions)
-    classes = C * itemsize if weight else 0
+    # Smoothing takes the weights of all classes, otherwise those of the targets are enough.
+    classes = (C if label_smoothing else min(C, counted)) * itemsize if weight else 0
     return Traffic(
         forward=counted * C * itemsize + positions * (8 + 16) + classes,
         backward=(counted + positions) * C * itemsize + positions * (8 + 8) + classes,
@@ -374,11 +384,12 @@ def _traffic(itemsize: int, *, N: int, C: int, weight: bool = False, spatial: bo
 
 _SHARED_WEIGHTS = "every row reads the class weights again; caches serve them"
 _COPIED_WEIGHTS = "classes along another dim are copied together first, and every row reads the class weights again"
+# In rows of which four fifths count: x is read by those, the weights by all, and forward N-D copies all, in and out.
 _EXCESS = {
-    ("weighted, smoothed", "forward"): Excess(1.75, _SHARED_WEIGHTS),
-    ("weighted, smoothed", "backward"): Excess(1.40, _SHARED_WEIGHTS),
-    ("everything, N-D", "forward"): Excess(3.80, _COPIED_WEIGHTS),
-    ("everything, N-D", "backward"): Excess(1.45, _SHARED_WEIGHTS),
+    ("weighted, smoothed", "forward"): Excess(1 + 1 / 0.8, _SHARED_WEIGHTS),
+    ("weighted, smoothed", "backward"): Excess(1 + 1 / 1.8, _SHARED_WEIGHTS),
+    ("everything, N-D", "forward"): Excess(1 + 3 / 0.8, _COPIED_WEIGHTS),
+    ("everything, N-D", "backward"): Excess(1 + 1 / 1.8, _SHARED_WEIGHTS),
 }
 
 CROSS_ENTROPY = Op(
