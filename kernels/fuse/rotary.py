@@ -198,7 +198,10 @@ def _with_global(function: Any, name: str, value: Any) -> Any:
     """A copy of ``function`` in whose globals ``name`` is ``value``; decorators around it are copied with it."""
     inner = getattr(function, "__wrapped__", None)
     if inner is None:
-        return _copy(function, {**function.__globals__, name: value}, function.__closure__)
+        namespace = {**function.__globals__, name: value}
+        # By this name Dynamo (torch 2.11) would look the helper up in the module, where it is not the fused one.
+        namespace.pop("__name__", None)
+        return _copy(function, namespace, function.__closure__)
     replaced = _with_global(inner, name, value)
     cells = function.__closure__ or ()
     if not any(cell.cell_contents is inner for cell in cells):
