@@ -29,22 +29,13 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def reference(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    *,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    softcap: float | None,
-    z_loss: float,
+    x: Tensor, target: Tensor, weight: Tensor | None, *, softcap: float | None, z_loss: float, **options: Any
 ) -> Tensor:
     """Cross-entropy in plain PyTorch: x [N, C, d1, …] and target [N, d1, …], or x [C] and a scalar target."""
     classes = 1 if x.dim() > 1 else 0
-    s = _scores(x, target == ignore_index, softcap)
-    logp = torch.log_softmax(s, classes)
+    s = _scores(x, target == options["ignore_index"], softcap)
     lse = torch.logsumexp(s, classes) if z_loss else None
-    return _loss(logp, lse, target, weight, ignore_index, reduction, label_smoothing, z_loss).to(x.dtype)
+    return _loss(torch.log_softmax(s, classes), lse, target, weight, z_loss=z_loss, **options).to(x.dtype)
 
 
 def _scores(x: Tensor, ignored: Tensor, softcap: float | None) -> Tensor:
@@ -59,6 +50,7 @@ def _loss(
     lse: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
+    *,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
@@ -240,24 +232,15 @@ def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gr
 
 
 def _with_statistics(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    *,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    softcap: float | None,
-    z_loss: float,
+    x: Tensor, target: Tensor, weight: Tensor | None, *, softcap: float | None, z_loss: float, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, max s, log Σ exp(s − max s)): log_softmax spelled out, for the statistics."""
     classes = 1 if x.dim() > 1 else 0
-    s = _scores(x, target == ignore_index, softcap)
+    s = _scores(x, target == options["ignore_index"], softcap)
     peak = s.amax(classes, keepdim=True)
     log_sum = (s - peak).exp().sum(classes, keepdim=True).log()
     lse = (peak + log_sum).squeeze(classes) if z_loss else None
-    logp = s - peak - log_sum
-    loss = _loss(logp, lse, target, weight, ignore_index, reduction, label_smoothing, z_loss)
+    loss = _loss(s - peak - log_sum, lse, target, weight, z_loss=z_loss, **options)
     return loss.to(x.dtype), peak, log_sum
 
 

@@ -8,7 +8,8 @@ Source: Ba, Kiros and Hinton, Layer Normalization (2016); ``torch.nn.functional.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,24 +89,14 @@ class LayerNorm(torch.nn.LayerNorm):
         return layer_norm(flat, weight, bias, eps=self.eps).view(input.shape)
 
 
-def _triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
-    return row_norm.triton(x, None, weight, bias, eps=eps, weight_offset=0.0, center=True)
+def _alone(run: Callable[..., Tensor], x: Tensor, *affine: Tensor | None, eps: float) -> Tensor:
+    return run(x, None, *affine, eps=eps, weight_offset=0.0, center=True)
 
 
-def _add_triton(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float
+def _added(
+    run: Callable[..., tuple[Tensor, Tensor]], x: Tensor, residual: Tensor, *affine: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    return row_norm.triton(x, residual, weight, bias, eps=eps, weight_offset=0.0, center=True)
-
-
-def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
-    return row_norm.compiled(x, None, weight, bias, eps=eps, weight_offset=0.0, center=True)
-
-
-def _add_compiled(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float
-) -> tuple[Tensor, Tensor]:
-    return row_norm.compiled(x, residual, weight, bias, eps=eps, weight_offset=0.0, center=True)
+    return run(x, residual, *affine, eps=eps, weight_offset=0.0, center=True)
 
 
 def _aten(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -164,7 +155,7 @@ LAYER_NORM = Op(
     name="layer_norm",
     fn=layer_norm,
     reference=reference,
-    impls={"triton": _triton, "compile": _compiled},
+    impls={"triton": partial(_alone, row_norm.triton), "compile": partial(_alone, row_norm.compiled)},
     inputs=_inputs,
     dims=_DIMS,
     bench=_BENCH,
@@ -182,7 +173,7 @@ ADD_LAYER_NORM = Op(
     name="add_layer_norm",
     fn=add_layer_norm,
     reference=add_reference,
-    impls={"triton": _add_triton, "compile": _add_compiled},
+    impls={"triton": partial(_added, row_norm.triton), "compile": partial(_added, row_norm.compiled)},
     inputs=_add_inputs,
     dims=_DIMS,
     bench=_BENCH,

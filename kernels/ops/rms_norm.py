@@ -8,7 +8,8 @@ Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019); ``torch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,20 +96,14 @@ def _eps(x: Tensor, eps: float | None) -> float:
     return float(torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps)
 
 
-def _triton(x: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
-    return row_norm.triton(x, None, weight, None, center=False, **options)
+def _alone(run: Callable[..., Tensor], x: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
+    return run(x, None, weight, None, center=False, **options)
 
 
-def _add_triton(x: Tensor, residual: Tensor, weight: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    return row_norm.triton(x, residual, weight, None, center=False, **options)
-
-
-def _compiled(x: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
-    return row_norm.compiled(x, None, weight, None, center=False, **options)
-
-
-def _add_compiled(x: Tensor, residual: Tensor, weight: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    return row_norm.compiled(x, residual, weight, None, center=False, **options)
+def _added(
+    run: Callable[..., tuple[Tensor, Tensor]], x: Tensor, residual: Tensor, weight: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    return run(x, residual, weight, None, center=False, **options)
 
 
 def _aten(x: Tensor, weight: Tensor | None = None, *, eps: float | None = None, weight_offset: float = 0.0) -> Tensor:
@@ -165,7 +160,7 @@ RMS_NORM = Op(
     name="rms_norm",
     fn=rms_norm,
     reference=reference,
-    impls={"triton": _triton, "compile": _compiled},
+    impls={"triton": partial(_alone, row_norm.triton), "compile": partial(_alone, row_norm.compiled)},
     inputs=_inputs,
     dims=_DIMS,
     bench=_BENCH,
@@ -182,7 +177,7 @@ ADD_RMS_NORM = Op(
     name="add_rms_norm",
     fn=add_rms_norm,
     reference=add_reference,
-    impls={"triton": _add_triton, "compile": _add_compiled},
+    impls={"triton": partial(_added, row_norm.triton), "compile": partial(_added, row_norm.compiled)},
     inputs=_add_inputs,
     dims=_DIMS,
     bench=_BENCH,
