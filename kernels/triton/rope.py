@@ -130,7 +130,8 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transpose: b
     BLOCK_T = min(rows // BLOCK_H, triton.next_power_of_2(T))
     BLOCK_P = min(MAX_PAIRS, triton.next_power_of_2(max(1, R // 2)))
     BLOCK_REST = min(2 * MAX_PAIRS, triton.next_power_of_2(D - R)) if D > R else 0
-    num_warps = min(4, max(1, BLOCK_T * BLOCK_H * BLOCK_P // 512))
+    # With 512 pairs a warp, triton 3.6 spilled 40 bytes on sm_100 (interleaved, partial, tables for each token).
+    num_warps = min(4, max(1, BLOCK_T * BLOCK_H * BLOCK_P // 256))
     grid = (triton.cdiv(T, BLOCK_T), triton.cdiv(H, BLOCK_H * HEAD_TILES))
     launch(_rotate, grid,
         x, cos, sin, y, T, T1, H, H1, D, R, HEAD_TILES,
