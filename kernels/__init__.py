@@ -7,6 +7,9 @@ from .fuse import unfuse as unfuse
 from .ops.cross_entropy import CROSS_ENTROPY
 from .ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from .ops.cross_entropy import cross_entropy as cross_entropy
+from .ops.dropout import DROPOUT
+from .ops.dropout import Dropout as Dropout
+from .ops.dropout import dropout as dropout
 from .ops.glu import GLU as GLU
 from .ops.glu import GLU_OP, PACKED_GLU
 from .ops.glu import glu as glu
@@ -25,4 +28,4 @@ from .ops.softmax import SOFTMAX
 from .ops.softmax import Softmax as Softmax
 from .ops.softmax import softmax as softmax
 
-OPS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU_OP, PACKED_GLU, ROPE, SOFTMAX, CROSS_ENTROPY)
+OPS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU_OP, PACKED_GLU, ROPE, SOFTMAX, CROSS_ENTROPY, DROPOUT)

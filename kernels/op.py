@@ -162,6 +162,8 @@ class Op:
     excess: Mapping[tuple[str, str], Excess] = field(default_factory=dict)
     #: Named option sets for ``inputs``: one for each branch of the kernels worth its own test.
     variants: Mapping[str, Options] = field(default_factory=lambda: {"default": {}})
+    #: Whether the ATen counterpart draws random numbers of its own, so that its results cannot be judged.
+    random: bool = False
     #: The module class that wraps ``fn``.
     module: type[torch.nn.Module] | None = None
     #: Allowed error in units of the reference's own. Raising it needs a reason beside it.

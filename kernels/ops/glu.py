@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import dispatch
 from ..autograd import fused, vjp
 from ..op import Call, Draw, ErrorInput, Op, Traffic
+from . import checks
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ def glu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
         TypeError: if gate or up is not floating point.
         ValueError: if their shapes differ, or there is no such activation.
     """
-    _check_floating("glu", gate=gate, up=up)
+    checks.floating("glu", gate=gate, up=up)
     _check_activation("glu", activation)
     if gate.shape != up.shape:
         raise ValueError(
@@ -98,7 +99,7 @@ def packed_glu(x: Tensor, *, activation: str = "silu", gate_first: bool = True) 
         TypeError: if x is not floating point.
         ValueError: if x is a scalar, its last dim is odd, or there is no such activation.
     """
-    _check_floating("packed_glu", x=x)
+    checks.floating("packed_glu", x=x)
     _check_activation("packed_glu", activation)
     if x.dim() == 0:
         raise ValueError("packed_glu: x must have at least one dimension to halve, got a scalar")
@@ -144,14 +145,6 @@ class GLU(torch.nn.GLU):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"dim={self.dim}, activation={self.activation!r}, gate_first={self.gate_first}"
-
-
-def _check_floating(name: str, **tensors: Tensor) -> None:
-    for label, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"{name}: {label} must be a floating-point tensor, got {tensor.dtype}; convert it, e.g. {label}.float()"
-            )
 
 
 def _check_activation(name: str, activation: str) -> None:

@@ -16,9 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, rows
-
-TILE = 2048
+from .launch import elementwise_tiles, launch, rows
 
 
 @triton.jit
@@ -138,23 +136,15 @@ def _halves(x: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
 def _launch_forward(gate: Tensor, up: Tensor, y: Tensor, activation: str) -> None:
     if gate.numel():
         N, D = gate.shape
-        grid, meta = _tiles(N, D)
+        grid, meta = elementwise_tiles(N, D)
         launch(_forward, grid, gate, up, y, gate.stride(0), up.stride(0), N, D, ACTIVATION=activation, **meta)
 
 
 def _launch_backward(dy, gate, up, dgate, dup, gradient_stride: int, activation: str) -> None:
     if gate.numel():
         N, D = gate.shape
-        grid, meta = _tiles(N, D)
+        grid, meta = elementwise_tiles(N, D)
         launch(_backward, grid,
             dy, gate, up, dgate, dup, dy.stride(0), gate.stride(0), up.stride(0), gradient_stride, N, D,
             ACTIVATION=activation, **meta,
         )  # fmt: skip
-
-
-def _tiles(N: int, D: int) -> tuple[tuple[int], dict[str, int]]:
-    """One program for each tile: rows of blocks of whole rows where those are short."""
-    BLOCK_D = min(TILE, triton.next_power_of_2(D))
-    BLOCK_N = min(TILE // BLOCK_D, triton.next_power_of_2(N))
-    grid = (triton.cdiv(N, BLOCK_N) * triton.cdiv(D, BLOCK_D),)
-    return grid, {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": 4}

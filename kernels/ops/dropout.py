@@ -1,0 +1,183 @@
+"""Dropout whose mask is a function of a seed and a place, so that nothing has to remember it.
+
+    y[n, d] = x[n, d] / (1 − p)  if kept(seed, n, d)  else 0        n a row, d an element of the last dim
+
+kept is true with probability 1 − p: a keyed integer hash of d is compared with p. The rows' two keys k₁, k₂ are hashes
+of the 64-bit seed and row number, and the bits of an element are mix(mix(d ⊕ k₁) ⊕ k₂), on 32 bits:
+
+    mix(b):  b ⊕= b ≫ 15;  b ·= 2c1b3c6d₁₆;  b ⊕= b ≫ 12;  b ·= 297a2d39₁₆;  b ⊕= b ≫ 15
+
+About 18 integer instructions an element, as many as Philox takes when all four of its outputs are used; but here each
+element stands alone, whatever the tile that it is computed in. Both constants are below 2³¹, so that plain PyTorch
+computes the same bits in int64 with no overflow.
+
+Source: Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting (2014);
+``torch.nn.functional.dropout``. The mixer is of the family that C. Wellons searched (Prospecting for Hash Functions,
+2018); ``tests/test_identities_dropout.py`` looks for bias and for correlations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch
+from ..autograd import Gradients, fused
+from ..compiled import compiled_call
+from ..op import Call, Draw, ErrorInput, Op, Traffic
+from . import checks
+
+_LOW = 0xFFFF_FFFF
+
+
+def reference(x: Tensor, seed: Tensor, *, threshold: int, scale: float) -> Tensor:
+    """Dropout in plain PyTorch: float32 (or wider) inside, the result in the dtype of ``x``."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.where(kept(seed, x.shape, threshold), wide * scale, 0.0).to(x.dtype)
+
+
+def constants(p: float) -> dict[str, Any]:
+    """What a dropout with probability ``p`` computes with.
+
+    ``threshold`` is how many of the 2³¹ values that an element's bits can take drop it, ``scale`` what the
+    others are multiplied by.
+    """
+    return {"threshold": round(p * 2**31), "scale": 1.0 / (1.0 - p) if p < 1.0 else 0.0}
+
+
+def kept(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
+    """The mask of dropout: boolean, of ``shape``; rows are counted in the order of a contiguous tensor."""
+    k1, k2 = row_keys(seed, torch.arange(torch.Size(shape[:-1]).numel(), device=seed.device))
+    d = torch.arange(shape[-1], device=seed.device)
+    bits = _mix(_mix(d ^ k1) ^ k2)
+    return ((bits >> 1) >= threshold).view(shape)
+
+
+def row_keys(seed: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """The two keys [N, 1] of each row number in ``n``. Two, so that rows that share one do not share a mask."""
+    first = _mix(seed & _LOW)
+    second = _mix(first ^ ((seed >> 32) & _LOW))
+    low, high = n & _LOW, n >> 32
+    k1 = _mix(_mix(low ^ first) ^ high ^ second)
+    k2 = _mix(_mix((low + second) & _LOW) ^ high ^ first)
+    return k1.unsqueeze(-1), k2.unsqueeze(-1)
+
+
+def _mix(b: Tensor) -> Tensor:
+    b = b ^ (b >> 15)
+    b = (b * 0x2C1B3C6D) & _LOW
+    b = b ^ (b >> 12)
+    b = (b * 0x297A2D39) & _LOW
+    return b ^ (b >> 15)
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """A seed from PyTorch's own generator of that device: ``torch.manual_seed`` makes it, and all masks, repeatable."""
+    return torch.randint(2**62, (), device=device)
+
+
+def dropout(x: Tensor, *, p: float = 0.5, training: bool = True, seed: Tensor | None = None) -> Tensor:
+    """Dropout: each element is zero with probability ``p``, and ``1 / (1 − p)`` times itself otherwise.
+
+    The mask is a function of the seed and of an element's place. It is computed again in the backward pass and never
+    stored, and it is the same on every device and in every implementation.
+
+    Args:
+        x: floating-point tensor of any shape.
+        p: probability of a zero.
+        training: False returns x as it is.
+        seed: int64 scalar tensor on x's device, for a mask that can be asked for again; None draws one from PyTorch's
+            generator.
+
+    Returns:
+        like x.
+
+    Raises:
+        TypeError: if x is not floating point.
+        ValueError: if p is not in [0, 1], or the seed is not an int64 scalar.
+    """
+    checks.floating("dropout", x=x)
+    checks.dropout("dropout", p, seed)
+    if not training or p == 0.0:
+        return x
+    if x.dim() == 0:
+        return dropout(x.view(1), p=p, seed=seed).view(())
+    return dispatch.run(DROPOUT, x, new_seed(x.device) if seed is None else seed, **constants(p))
+
+
+class Dropout(torch.nn.Dropout):
+    """Drop-in for ``torch.nn.Dropout``: same arguments; runs :func:`dropout`, which keeps no mask.
+
+    ``inplace=True`` is accepted and computed out of place: there is no mask whose memory it would save.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape → the same shape and dtype."""
+        return dropout(input, p=self.p, training=self.training)
+
+
+def _triton(x: Tensor, seed: Tensor, **options: Any) -> Tensor:
+    from ..triton import dropout as kernels
+
+    return fused(kernels.forward, kernels.backward, _second, (x, seed), options)
+
+
+def _compiled(x: Tensor, seed: Tensor, **options: Any) -> Tensor:
+    return fused(_compiled_forward, _compiled_backward, _second, (x, seed), options)
+
+
+def _compiled_forward(x: Tensor, seed: Tensor, **options: Any) -> Any:
+    return compiled_call(reference, (x, seed), options), (seed,)
+
+
+def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
+    return compiled_call(reference, (*grads, *saved), options), None
+
+
+def _second(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
+    return reference(*grads, *saved, **options), None
+
+
+def _aten(x: Tensor, *, p: float, training: bool = True, seed: Tensor | None = None) -> Tensor:
+    return F.dropout(x, p, training)
+
+
+def _inputs(draw: Draw, *, N: int, D: int, p: float = 0.1) -> Call:
+    return Call((draw.tensor(N, D),), {"p": p, "seed": draw.integers(0, 2**62)})
+
+
+def _errors() -> Iterator[ErrorInput]:
+    x = torch.zeros(2, 8)
+    yield ErrorInput(Call((x.long(),)), TypeError, r"x must be a floating-point.*int64")
+    yield ErrorInput(Call((x,), {"p": 1.5}), ValueError, "p must be a probability.*got 1.5")
+    yield ErrorInput(
+        Call((x,), {"seed": torch.zeros(1)}), ValueError, r"seed must be a scalar.*\(1,\) of torch.float32"
+    )
+
+
+def _traffic(itemsize: int, *, N: int, D: int, **_: Any) -> Traffic:
+    """x and y; dy and dx; the seed."""
+    return Traffic(forward=2 * N * D * itemsize + 8, backward=2 * N * D * itemsize + 8)
+
+
+DROPOUT = Op(
+    name="dropout",
+    fn=dropout,
+    reference=reference,
+    impls={"triton": _triton, "compile": _compiled},
+    inputs=_inputs,
+    dims={"N": (0, 1, 2, 33, 129), "D": (0, 1, 31, 32, 33, 127, 1023, 1025, 2048, 2049)},
+    bench=({"N": 2048, "D": 1024}, {"N": 4096, "D": 4096}),
+    audit=({"N": 64, "D": 1024}, {"N": 4096, "D": 4096}),
+    traffic=_traffic,
+    flops=lambda N, D: 20 * N * D,
+    aten=_aten,
+    errors=_errors,
+    variants={"default": {}, "everything dropped": {"p": 1.0}},
+    random=True,
+    module=Dropout,
+)
