@@ -4,6 +4,7 @@
 where                                     what runs
 ========================================  ==========================================================================
 inside ``torch.compile``, ``export``      the plain reference: the compiler fuses it with its neighbours
+DTensor                                   on every rank's own part, what runs for that (``sharding.py``)
 under a tracer, a dispatch mode,
 ``torch.func``, forward-mode AD, or for
 a tensor subclass, or one that is not
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import sharding
 from .compiled import compiled
 from .op import Op
 
@@ -76,6 +78,9 @@ def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
         tensors = tuple(_to_float32(t) for t in tensors)
     if torch.compiler.is_compiling():
         return op.reference(*tensors, **options)
+    if any(sharding.is_sharded(t) for t in tensors):
+        signature = op.axes if isinstance(op.axes, str) else op.axes(**options)
+        return sharding.run(op.name, functools.partial(run, op, **options), signature, tensors)
     backend = choose(op, tensors).backend
     function = implementation(op, backend)
     index = first.device.index if backend == "triton" else None

@@ -153,6 +153,9 @@ class Op:
     flops: Callable[..., int]
     #: What the same call is in plain ATen: the benchmarks' baseline, and the model for result dtypes.
     aten: Callable[..., Any]
+    #: The dims of the tensors that go in and come out, and which may be sharded (``sharding.py``): a signature, or a
+    #: function that gives it for the options of a call.
+    axes: str | Callable[..., str]
     #: Invalid calls and the message each must get.
     errors: Callable[[], Iterable[ErrorInput]]
     #: Sizes at which the kernels are audited; empty is ``bench``. Bytes are counted at the first: large enough that

@@ -16,14 +16,17 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from braze.kernels import dispatch, use_backend
+from braze.kernels import dispatch, sharding, use_backend
 from braze.kernels.op import Call, Draw, Op
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 RESCALED = (1.0, 0.9, 1.1, 1.3)
 
@@ -104,6 +107,48 @@ def check_result_dtype(case: Case, *, autocast: bool) -> None:
         ours = _tensors(case.op.fn(*call.args, **call.kwargs))
         aten = _tensors(case.op.aten(*call.args, **call.kwargs))
     assert [(y.shape, y.dtype) for y in ours] == [(y.shape, y.dtype) for y in aten]
+
+
+def check_sharded(case: Case, mesh: DeviceMesh) -> str:
+    """Over a mesh of one dim, each dim that may be sharded is, in turn; nothing is communicated."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    call = case.call()
+    with _dispatched_calls() as calls:
+        outputs, _ = _run(case.op.fn, call)
+    cotangents = case.cotangents(outputs)
+    ((tensors, options),) = calls
+    passed = [id(t) for t in pytree.tree_leaves(call) if isinstance(t, Tensor)]
+    if any(t is not None and id(t) not in passed for t in tensors):
+        return "a view"  # which DTensor makes itself
+    names, _ = sharding.parse(case.op.axes if isinstance(case.op.axes, str) else case.op.axes(**options))
+    own = sharding.axes(names[0], tensors[0].dim())
+    sizes = dict(zip(own, tensors[0].shape, strict=True))
+
+    def distribute(t: Tensor, placements: list[Any]) -> Tensor:
+        return distribute_tensor(t.detach(), mesh, placements).requires_grad_(t.requires_grad)
+
+    for axis in (a for a in own if not a.isupper() and sizes[a] >= mesh.size()):
+        there = {
+            id(t): distribute(t, sharding.layout(n, t.shape, sizes, [axis])[0])
+            for t, n in zip(tensors, names, strict=True)
+            if t is not None
+        }
+        sharded_call = pytree.tree_map_only(Tensor, lambda t: there[id(t)], call)  # noqa: B023 - called at once
+        with use_backend("triton"):
+            outputs, leaves = _run(case.op.fn, sharded_call)
+            lie = [[p if p.is_shard() else Replicate() for p in y.placements] for y in outputs]
+            own_cotangents = [distribute(*c) for c in zip(cotangents, lie, strict=True)]
+            got = _gradients(outputs, leaves, own_cotangents)
+        whole = Results({name: value.full_tensor() for name, value in got.values.items()})
+        _compare(case, call, cotangents, whole, _gradients)
+        with CommDebugMode() as communication:
+            outputs, leaves = _run(case.op.fn, sharded_call)
+            _gradients(outputs, leaves, own_cotangents)
+        # A mean over all shards is two numbers added up over the ranks.
+        assert communication.get_total_counts() <= (0 if outputs[0].dim() else 2)
+    return "agreed"
 
 
 @contextmanager
@@ -216,6 +261,22 @@ def _reference_runs_with(options: dict[str, Any] | None = None) -> Iterator[dict
     before, dispatch.run = dispatch.run, run
     try:
         yield seen
+    finally:
+        dispatch.run = before
+
+
+@contextmanager
+def _dispatched_calls() -> Iterator[list[tuple[tuple[Tensor | None, ...], dict[str, Any]]]]:
+    """The tensors and options of every dispatch inside the block."""
+    calls: list[tuple[tuple[Tensor | None, ...], dict[str, Any]]] = []
+
+    def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
+        calls.append((tensors, options))
+        return before(op, *tensors, **options)
+
+    before, dispatch.run = dispatch.run, run
+    try:
+        yield calls
     finally:
         dispatch.run = before
 

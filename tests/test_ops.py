@@ -83,14 +83,14 @@ def test_compiled_is_within_the_error_budget(op: Op, variant: str, dtype: torch.
         check_against_reference(case, "compile")
 
 
-@every_variant
+@every_op
 @every_dtype
 def test_the_default_is_within_the_error_budget(
-    op: Op, variant: str, dtypes: tuple[torch.dtype, torch.dtype | None], device: str
+    op: Op, dtypes: tuple[torch.dtype, torch.dtype | None], device: str
 ) -> None:
     dtype, weight_dtype = dtypes
     layouts = {"layout": "padded", "cotangent_layout": "strided"}
-    check_against_reference(example(op, variant, dtype, weight_dtype=weight_dtype, device=device, **layouts), None)
+    check_against_reference(example(op, dtype=dtype, weight_dtype=weight_dtype, device=device, **layouts), None)
 
 
 @every_op

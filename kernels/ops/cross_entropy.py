@@ -12,6 +12,7 @@ Source: ``torch.nn.functional.cross_entropy``; the soft cap is Gemma 2's, the z-
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, sharding
 from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
@@ -122,17 +123,18 @@ def cross_entropy(
     _check(x, target, weight)
     _check_options(weight, reduction, label_smoothing, softcap)
     _check_range(x, target, ignore_index)
-    return dispatch.run(
-        CROSS_ENTROPY,
-        x,
-        target,
-        weight,
-        ignore_index=int(ignore_index),
-        reduction=reduction,
-        label_smoothing=float(label_smoothing),
-        softcap=None if softcap is None else float(softcap),
-        z_loss=float(z_loss),
-    )
+    options = {
+        "ignore_index": int(ignore_index),
+        "label_smoothing": float(label_smoothing),
+        "softcap": None if softcap is None else float(softcap),
+        "z_loss": float(z_loss),
+    }
+    if reduction == "mean" and sharding.is_sharded(x):
+        # The mean over all shards is not the mean of their means.
+        counted = functools.partial(_counted_weight, ignore_index=int(ignore_index))
+        normalizer = sharding.run("cross_entropy", counted, "n ..., C -> ", (target, weight))
+        return dispatch.run(CROSS_ENTROPY, x, target, weight, reduction="sum", **options) / normalizer
+    return dispatch.run(CROSS_ENTROPY, x, target, weight, reduction=reduction, **options)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -157,6 +159,14 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             softcap=self.softcap,
             z_loss=self.z_loss,
         )
+
+
+def _counted_weight(target: Tensor, weight: Tensor | None, *, ignore_index: int) -> Tensor:
+    """Σ w_t over the positions that count: what "mean" divides by."""
+    counts = target != ignore_index
+    if weight is None:
+        return counts.sum()
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))[target.long()[counts]].sum()
 
 
 def _check(x: Tensor, target: Tensor, weight: Tensor | None) -> None:
@@ -365,6 +375,10 @@ def _traffic(
     )
 
 
+def _axes(*, reduction: str, **_: Any) -> str:
+    return "n C ..., n ..., C -> " + ("n ..." if reduction == "none" else "")
+
+
 _SHARED_WEIGHTS = "every row reads the class weights again; caches serve them"
 _COPIED_WEIGHTS = "classes along another dim are copied together first, and every row reads the class weights again"
 # In rows of which four fifths count: x is read by those, the weights by all, and forward N-D copies all, in and out.
@@ -388,6 +402,7 @@ CROSS_ENTROPY = Op(
     excess=_EXCESS,
     flops=lambda N, C: 4 * N * C,
     aten=_aten,
+    axes=_axes,
     errors=_errors,
     variants={
         "default": {},

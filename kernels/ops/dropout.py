@@ -176,6 +176,7 @@ DROPOUT = Op(
     traffic=_traffic,
     flops=lambda N, D: 20 * N * D,
     aten=_aten,
+    axes="... d, seed -> ... d",
     errors=_errors,
     variants={"default": {}, "everything dropped": {"p": 1.0}},
     random=True,

@@ -227,6 +227,7 @@ GLU_OP = Op(
     traffic=_traffic,
     flops=_flops,
     aten=_aten,
+    axes="... d, ... d -> ... d",
     errors=_errors,
     variants={
         "default": {"activation": "silu"},
@@ -250,6 +251,7 @@ PACKED_GLU = Op(
     traffic=_traffic,
     flops=_flops,
     aten=_packed_aten,
+    axes="... D -> ... H",
     errors=_packed_errors,
     variants={
         "default": {"activation": "silu"},

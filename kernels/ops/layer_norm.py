@@ -163,6 +163,7 @@ LAYER_NORM = Op(
     traffic=_traffic,
     flops=lambda N, D: 7 * N * D,
     aten=_aten,
+    axes="... D, D, D -> ... D",
     errors=_errors,
     variants=_VARIANTS,
     module=LayerNorm,
@@ -181,6 +182,7 @@ ADD_LAYER_NORM = Op(
     traffic=_add_traffic,
     flops=lambda N, D: 8 * N * D,
     aten=_add_aten,
+    axes="... D, ... D, D, D -> ... D, ... D",
     errors=_add_errors,
     variants=_VARIANTS,
 )

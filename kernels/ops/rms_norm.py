@@ -168,6 +168,7 @@ RMS_NORM = Op(
     traffic=_traffic,
     flops=lambda N, D: 4 * N * D,
     aten=_aten,
+    axes="... D, D -> ... D",
     errors=_errors,
     variants=_VARIANTS,
     module=RMSNorm,
@@ -185,6 +186,7 @@ ADD_RMS_NORM = Op(
     traffic=_add_traffic,
     flops=lambda N, D: 5 * N * D,
     aten=_add_aten,
+    axes="... D, ... D, D -> ... D, ... D",
     errors=_add_errors,
     variants=_VARIANTS,
 )

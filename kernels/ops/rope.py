@@ -200,6 +200,7 @@ ROPE = Op(
     traffic=_traffic,
     flops=lambda B, H, S, D: 3 * B * H * S * D,
     aten=_aten,
+    axes="... D, ... R, ... R -> ... D",
     errors=_errors,
     variants={
         "default": {},

@@ -188,6 +188,11 @@ def _traffic(
     return Traffic(forward=read + size + mask_bytes, backward=2 * read + size + (mask_bytes if mask == "bias" else 0))
 
 
+def _axes(*, causal: bool, **_: Any) -> str:
+    """The last query sees every key: with causal a rank must know which of all queries its own are."""
+    return "... Q K, ... Q K -> ... Q K" if causal else "... K, ... K -> ... K"
+
+
 _EXCESS = {
     ("causal, padded keys", "forward"): Excess(1.25, "every row reads the one mask of its keys; caches serve it"),
     ("floating mask", "backward"): Excess(
@@ -210,6 +215,7 @@ SOFTMAX = Op(
     excess=_EXCESS,
     flops=lambda B, Q, K: 5 * B * Q * K,
     aten=_aten,
+    axes=_axes,
     errors=_errors,
     variants={
         "default": {},
