@@ -1,13 +1,17 @@
-"""``python -m braze.kernels``: which implementation every operator would run on this machine, and why."""
+"""``python -m braze.kernels``: which implementation every operator would run on this machine, and why.
+
+``--table`` prints the table of all operators instead, in Markdown.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import warnings
 
 import torch
 
-from . import OPS, dispatch
+from . import OPS, dispatch, table
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -26,12 +30,17 @@ def rows() -> list[tuple[str, ...]]:
 
 def main() -> None:
     """Print the rows as plain text, columns aligned; no package beyond torch is needed."""
+    parser = argparse.ArgumentParser("python -m braze.kernels", description="Which implementation runs here, and why.")
+    parser.add_argument("--table", action="store_true", help="print the table of all operators, in Markdown")
+    if parser.parse_args().table:
+        print(table.markdown(), end="")
+        return
     print(f"braze {importlib.metadata.version('braze')}, torch {torch.__version__}, {_gpu()}")
     print(f"Large tensors in eager mode; on the CPU, under {dispatch.SMALLEST_COMPILED} elements all run eager.")
     print("Inside torch.compile and torch.export every operator is its plain reference, for the compiler to fuse.\n")
-    table = [HEADER, *rows()]
-    widths = [max(len(row[column]) for row in table) for column in range(len(HEADER))]
-    for row in table:
+    lines = [HEADER, *rows()]
+    widths = [max(len(row[column]) for row in lines) for column in range(len(HEADER))]
+    for row in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 

@@ -134,6 +134,8 @@ class Op:
     """
 
     name: str
+    #: What a user has in its place, for the operator table: Markdown.
+    replaces: str
     #: The public function: checks its arguments, then dispatches.
     fn: Callable[..., Any]
     #: The mathematics in plain PyTorch: float32 (or wider) inside, differentiable to any order.

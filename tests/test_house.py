@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import setuptools
 
+from braze.kernels import table
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("kernels", "layouts", "lightning_ext", "benchmarks")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -74,6 +76,11 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
         barred = lazy if inside(module, "braze.kernels") else ()
         found += [f"{module} imports {one} on import" for one in eager if any(inside(one, b) for b in barred)]
     return found
+
+
+def test_the_operator_table_is_up_to_date() -> None:
+    again = "python -m braze.kernels --table > docs/operators.md"
+    assert (ROOT / "docs" / "operators.md").read_text() == table.markdown(), f"write it again: {again}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -391,6 +391,7 @@ _EXCESS = {
 
 CROSS_ENTROPY = Op(
     name="cross_entropy",
+    replaces="`F.cross_entropy`, with logit soft cap and z-loss",
     fn=cross_entropy,
     reference=reference,
     impls={"triton": _triton, "compile": _compiled},

@@ -166,6 +166,7 @@ def _traffic(itemsize: int, *, N: int, D: int, **_: Any) -> Traffic:
 
 DROPOUT = Op(
     name="dropout",
+    replaces="`F.dropout`, with no mask in memory",
     fn=dropout,
     reference=reference,
     impls={"triton": _triton, "compile": _compiled},

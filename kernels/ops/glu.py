@@ -217,6 +217,7 @@ def _flops(N: int, D: int) -> int:
 
 GLU_OP = Op(
     name="glu",
+    replaces="`act(gate) * up`: SwiGLU, GeGLU, ReGLU, GLU",
     fn=glu,
     reference=reference,
     impls={"triton": _triton},
@@ -241,6 +242,7 @@ GLU_OP = Op(
 
 PACKED_GLU = Op(
     name="packed_glu",
+    replaces="`act(gate) * up` of `x.chunk(2, -1)`; `F.glu`",
     fn=packed_glu,
     reference=packed_reference,
     impls={"triton": _packed_triton},

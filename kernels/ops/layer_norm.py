@@ -153,6 +153,7 @@ _VARIANTS: dict[str, Options] = {
 
 LAYER_NORM = Op(
     name="layer_norm",
+    replaces="`F.layer_norm` over the last dim",
     fn=layer_norm,
     reference=reference,
     impls={"triton": partial(_alone, row_norm.triton), "compile": partial(_alone, row_norm.compiled)},
@@ -172,6 +173,7 @@ LAYER_NORM = Op(
 
 ADD_LAYER_NORM = Op(
     name="add_layer_norm",
+    replaces="residual add, then `F.layer_norm`",
     fn=add_layer_norm,
     reference=add_reference,
     impls={"triton": partial(_added, row_norm.triton), "compile": partial(_added, row_norm.compiled)},

@@ -158,6 +158,7 @@ _VARIANTS: dict[str, Options] = {
 
 RMS_NORM = Op(
     name="rms_norm",
+    replaces="`F.rms_norm`; with `weight_offset=1` Gemma's",
     fn=rms_norm,
     reference=reference,
     impls={"triton": partial(_alone, row_norm.triton), "compile": partial(_alone, row_norm.compiled)},
@@ -176,6 +177,7 @@ RMS_NORM = Op(
 
 ADD_RMS_NORM = Op(
     name="add_rms_norm",
+    replaces="residual add, then `F.rms_norm`",
     fn=add_rms_norm,
     reference=add_reference,
     impls={"triton": partial(_added, row_norm.triton), "compile": partial(_added, row_norm.compiled)},

@@ -185,6 +185,7 @@ def _traffic(
 
 ROPE = Op(
     name="rope",
+    replaces="`x * cos + rotate_half(x) * sin`, both pairings, partial dims",
     fn=rope,
     reference=reference,
     impls={"triton": _triton, "compile": _compiled},

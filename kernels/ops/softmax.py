@@ -204,6 +204,7 @@ _EXCESS = {
 
 SOFTMAX = Op(
     name="softmax",
+    replaces="`F.softmax` with scale, mask and causal",
     fn=softmax,
     reference=reference,
     impls={"triton": _triton, "compile": _compiled},
