@@ -2,8 +2,8 @@
 
 An operator says what its dims are to each other in a signature, such as ``"... D, D -> ... D"`` for RMSNorm: the dims
 of each tensor that goes in and of each that comes out. ``...`` stands for dims without a name, aligned at the right as
-in broadcasting. They, and dims with a name in lower case, may be sharded; a name in capitals says that every rank needs
-that dim whole. ``seed`` is a scalar from which every shard derives a seed of its own.
+in broadcasting. They, and dims with a name in lower case, may be sharded; every rank needs a dim whole whose name is in
+capitals, and those that ``*`` stands for. ``seed`` is a scalar from which every shard derives a seed of its own.
 
 How the first tensor lies decides how the others must lie. What comes out is sharded as what went in; a sum over a
 sharded dim (a gradient of a weight, a summed loss) comes out as ``Partial``, and DTensor adds it up where it is used.
@@ -66,13 +66,14 @@ def parse(signature: str) -> tuple[list[list[str]], list[list[str]]]:
 
 
 def axes(names: Sequence[str], dims: int) -> list[str]:
-    """A name for each of so many dims; those under ``...`` are numbered from the right."""
-    if "..." not in names:
-        # Fewer dims than names: one sample without its batch dim. What remains must be whole.
-        return list(names) if len(names) == dims else [f"WHOLE{i}" for i in range(dims)]
-    at = names.index("...")
-    covered = dims - len(names) + 1
-    return [*names[:at], *(f".{i}" for i in reversed(range(covered))), *names[at + 1 :]]
+    """A name for each of so many dims; those under ``...`` and ``*`` are numbered from the right."""
+    for wild, prefix in (("...", "i"), ("*", "I")):
+        if wild in names and dims >= len(names) - 1:
+            at = names.index(wild)
+            covered = [f"{prefix}{i}" for i in reversed(range(dims - len(names) + 1))]
+            return [*names[:at], *covered, *names[at + 1 :]]
+    # Fewer dims than names: one sample without its batch dim. What remains must be whole.
+    return list(names) if len(names) == dims else [f"I{i}" for i in range(dims)]
 
 
 def layout(
