@@ -11,6 +11,9 @@ from .ops.glu import GLU as GLU
 from .ops.glu import GLU_OP, PACKED_GLU
 from .ops.glu import glu as glu
 from .ops.glu import packed_glu as packed_glu
+from .ops.image_normalize import IMAGE_NORMALIZE
+from .ops.image_normalize import ImageNormalize as ImageNormalize
+from .ops.image_normalize import image_normalize as image_normalize
 from .ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from .ops.layer_norm import LayerNorm as LayerNorm
 from .ops.layer_norm import add_layer_norm as add_layer_norm
@@ -39,4 +42,5 @@ OPS = (
     SOFTMAX,
     LOG_SOFTMAX,
     CROSS_ENTROPY,
+    IMAGE_NORMALIZE,
 )
