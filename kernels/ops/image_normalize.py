@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 
 
@@ -34,25 +35,41 @@ def reference(
     channels_last: bool,
 ) -> Tensor:
     """The images in plain PyTorch: float32 (or wider) inside, one rounding."""
-    wide = torch.promote_types(dtype, torch.float32)
     if flip is not None:
         x = torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
-    v = x.to(wide)
-    if partner is not None:
-        own = torch.ones(1, dtype=wide, device=x.device) if lam is None else lam.to(wide)
-        own = own.view(-1, 1, 1, 1)
-        if box is not None:
-            own = torch.where(_inside(box, *x.shape[-2:]), 0.0, own)
-        v = own * v + (1.0 - own) * x[partner].to(wide)
+    wide = torch.promote_types(dtype, torch.float32)
     center, spread = (torch.tensor(t, dtype=wide, device=x.device).view(-1, 1, 1) for t in (mean, std))
-    y = ((v / 255.0 - center) / spread).to(dtype)
+    column = torch.arange(x.shape[-1], device=x.device)
+    other = None if partner is None else x[partner]
+    y = _values(x, other, lam, box, column, center, spread, dtype=dtype)
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _inside(box: Tensor, H: int, W: int) -> Tensor:
-    """True for the pixels of a box (x1, y1, x2, y2): [N or 1, 1, H, W]."""
+def _values(
+    x: Tensor,
+    other: Tensor | None,
+    lam: Tensor | None,
+    box: Tensor | None,
+    column: Tensor,
+    center: Tensor,
+    spread: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What becomes of bytes [N, …, H, L] that lie at ``column`` [L] of their rows."""
+    v = x.to(spread.dtype)
+    if other is not None:
+        own = torch.ones(1, dtype=v.dtype, device=x.device) if lam is None else lam.to(v.dtype)
+        own = own.view(-1, 1, 1, 1)
+        if box is not None:
+            own = torch.where(_inside(box, x.shape[-2], column), 0.0, own)
+        v = own * v + (1.0 - own) * other.to(v.dtype)
+    return ((v / 255.0 - center) / spread).to(dtype)
+
+
+def _inside(box: Tensor, H: int, column: Tensor) -> Tensor:
+    """True where a box (x1, y1, x2, y2) is, [N or 1, 1, H, L]."""
     x1, y1, x2, y2 = box.view(-1, 4, 1, 1, 1).unbind(1)
-    column = torch.arange(W, device=box.device)
     row = torch.arange(H, device=box.device)[:, None]
     return (x1 <= column) & (column < x2) & (y1 <= row) & (row < y2)
 
@@ -229,6 +246,44 @@ def _triton(x: Tensor, *mixing: Tensor | None, **options: Any) -> Tensor:
     return kernels.forward(x, *mixing, **options)
 
 
+def _compiled(
+    x: Tensor,
+    flip: Tensor | None,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    box: Tensor | None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """Bytes are brought into place first, image by image; the arithmetic is compiled for whole rows of them.
+
+    The compiler vectorizes neither over three channels nor through the number of a partner or a flag: of float32
+    [16, 3, 224, 224] in channels-last memory the reference took 12.6 ms compiled, and rows 1.3 (one core of an EPYC).
+    """
+    N, C, H, W = x.shape
+    wide = torch.promote_types(dtype, torch.float32)
+    center, spread = (torch.tensor(t, dtype=wide) for t in (mean, std))
+    column = torch.arange(W)
+    if channels_last:
+        packed = x.is_contiguous(memory_format=torch.channels_last)
+        images = x.permute(0, 2, 3, 1) if packed else torch.stack(x.unbind(1), -1)
+        x, shape = images.permute(0, 3, 1, 2), (N, 1, H, W * C)
+        center, spread, column = center.repeat(W), spread.repeat(W), column.repeat_interleave(C)
+    else:
+        x = images = x.contiguous()
+        shape, center, spread = (N, C, H, W), center.view(-1, 1, 1), spread.view(-1, 1, 1)
+    if flip is not None and N:
+        mirrored = x.flip(-1).permute(0, 2, 3, 1) if channels_last else x.flip(-1)
+        images = torch.stack([m if f else i for i, m, f in zip(images, mirrored, flip.tolist(), strict=True)])
+    rows = images.reshape(shape)
+    other = None if partner is None else rows.index_select(0, partner)
+    y = compiled_call(_values, (rows, other, lam, box, column, center, spread), {"dtype": dtype})
+    return y.view(N, H, W, C).permute(0, 3, 1, 2) if channels_last else y
+
+
 def _aten(
     x: Tensor,
     mean: Sequence[float],
@@ -251,7 +306,8 @@ def _aten(
         if lam is not None:
             y = torch.lerp(other, y, lam.view(-1, 1, 1, 1).to(dtype))
         if box is not None:
-            y = torch.where(_inside(box, *x.shape[-2:]), other, y)
+            column = torch.arange(x.shape[-1], device=x.device)
+            y = torch.where(_inside(box, x.shape[-2], column), other, y)
     return y.contiguous(memory_format=memory_format or torch.contiguous_format)
 
 
@@ -321,7 +377,7 @@ IMAGE_NORMALIZE = Op(
     name="image_normalize",
     fn=image_normalize,
     reference=reference,
-    impls={"triton": _triton},
+    impls={"triton": _triton, "compile": _compiled},
     inputs=_inputs,
     dims={"N": (0, 1, 3), "C": (1, 3, 4, 5), "H": (1, 2, 9, 33), "W": (1, 15, 16, 17, 33, 80)},
     bench=({"N": 64, "C": 3, "H": 224, "W": 224},),

@@ -77,8 +77,8 @@ def _compiled(x: Tensor) -> Tensor:
 
 
 def _compiled_forward(x: Tensor) -> tuple[Tensor, Any]:
-    y, peak, log_sum = compiled_call(_forward, (x,), {})
-    return y, (x, peak, log_sum)
+    y, peak, total = compiled_call(_forward, (x,), {})
+    return y, (x, peak, total)
 
 
 def _compiled_backward(grads: Any, saved: Any, needs: Any) -> Gradients:
@@ -86,17 +86,17 @@ def _compiled_backward(grads: Any, saved: Any, needs: Any) -> Gradients:
 
 
 def _forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and of each row its maximum and the logarithm of its sum."""
+    """y, and of each row its maximum and the sum of the exponentials beside that."""
     s = x.to(torch.promote_types(x.dtype, torch.float32))
     peak = s.amax(-1, keepdim=True)
-    log_sum = (s - peak).exp().sum(-1, keepdim=True).log()
-    return (s - peak - log_sum).to(x.dtype), peak, log_sum
+    total = (s - peak).exp().sum(-1, keepdim=True)
+    return (s - peak - total.log()).to(x.dtype), peak, total
 
 
-def _gradient(dy: Tensor, x: Tensor, peak: Tensor, log_sum: Tensor) -> Tensor:
+def _gradient(dy: Tensor, x: Tensor, peak: Tensor, total: Tensor) -> Tensor:
     """dy − p·Σ dy. Autograd through the reference would compute the statistics of the rows again."""
     g = dy.to(peak.dtype)
-    p = (x.to(peak.dtype) - peak - log_sum).exp()
+    p = (x.to(peak.dtype) - peak).exp() / total
     return (g - p * g.sum(-1, keepdim=True)).to(x.dtype)
 
 

@@ -3,9 +3,9 @@
 N rows of D elements. With u = scale·x, s = u or softcap·tanh(u / softcap) (+ mask), −∞ where dropped, and the logit k
 of the row's sink (−∞ where there is none):
 
-    forward   m = max(s, k)     l = log(Σ exp(s − m) + exp(k − m))     y = exp(s − m − l)
-    backward  p = exp(s − m − l), or y / Σ y
-              ds = p·(dy − Σ dy·p)      dx = scale·(1 − tanh²(u / softcap))·ds      dk = −exp(k − m − l)·Σ dy·p
+    forward   m = max(s, k)     t = Σ exp(s − m) + exp(k − m)     y = exp(s − m) / t
+    backward  p = exp(s − m) / t, or y / Σ y
+              ds = p·(dy − Σ dy·p)      dx = scale·(1 − tanh²(u / softcap))·ds      dk = −exp(k − m) / t·Σ dy·p
 
 and ds is the gradient of a floating-point mask.
 
@@ -13,7 +13,8 @@ The backward pass reads y, which attention keeps anyway, and no mask, unless a s
 asks for more. y comes back rounded, so its sum is not quite 1, and dy − Σ dy·y does not cancel where y is nearly
 one-hot: in bf16 the gradient would have no correct digit. y / Σ y sums to 1 in float32 and costs one more sum in
 registers. A sink or a mask may be of a wider dtype than y: their gradients, and that of a cap, are computed from x, the
-mask and the statistics of the rows. m and l are kept apart because their sum has lost l where s is large.
+mask and the statistics of the rows. m and t are kept apart: the sum of m and log t has fewer digits than either, and an
+exponential takes them all.
 
 A dropped entry is a constant: its cotangent counts for nothing. In a row of y it is 0, which says as much unless the
 row is NaN or that cotangent is not finite: only then is the mask read in the backward pass from y. Causally dropped
@@ -84,7 +85,7 @@ def _scores(x, mask, start, n, d, read, kept, x_stride, scale, softcap, L1, L2, 
 
 @triton.jit
 def _forward(
-    x, mask, sink, y, peaks, log_sums, x_stride, N, D, Q, scale, softcap, L1, L2, s0, s1, s2, sd,
+    x, mask, sink, y, peaks, totals, x_stride, N, D, Q, scale, softcap, L1, L2, s0, s1, s2, sd,
     CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
@@ -103,12 +104,12 @@ def _forward(
     tl.store(y + n[:, None] * D + d[None, :], (e / total[:, None]).to(y.dtype.element_ty), inside)
     if peaks is not None:
         tl.store(peaks + n, m, n < N)
-        tl.store(log_sums + n, tl.log(total), n < N)
+        tl.store(totals + n, total, n < N)
 
 
 @triton.jit
 def _forward_long(
-    x, mask, sink, y, peaks, log_sums, x_stride, N, D, Q, scale, softcap, L1, L2, s0, s1, s2, sd,
+    x, mask, sink, y, peaks, totals, x_stride, N, D, Q, scale, softcap, L1, L2, s0, s1, s2, sd,
     CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64)
@@ -138,12 +139,12 @@ def _forward_long(
         tl.store(y + n[:, None] * D + d[None, :], out.to(y.dtype.element_ty), inside)
     if peaks is not None:
         tl.store(peaks + n, base)
-        tl.store(log_sums + n, tl.log(total))
+        tl.store(totals + n, total)
 
 
 @triton.jit
 def _cotangents(
-    dy, source, mask, peaks, log_sums, start, n, d, read, kept, dy_stride, source_stride, N, scale, softcap,
+    dy, source, mask, peaks, totals, start, n, d, read, kept, dy_stride, source_stride, N, scale, softcap,
     L1, L2, s0, s1, s2, sd, BOOLEAN: tl.constexpr,
 ):  # fmt: skip
     """dy, p, the slope of the cap, and what is kept: from x where there are statistics of its rows, else from y."""
@@ -153,8 +154,8 @@ def _cotangents(
             source, mask, start, n, d, read, kept, source_stride, scale, softcap, L1, L2, s0, s1, s2, sd, BOOLEAN
         )
         m = tl.load(peaks + n, n < N, other=0.0)
-        log_sum = tl.load(log_sums + n, n < N, other=0.0)
-        p = tl.exp(s - m[:, None] - log_sum[:, None])
+        total = tl.load(totals + n, n < N, other=1.0)
+        p = tl.exp(s - m[:, None]) / total[:, None]
     else:
         p = tl.load(source + n[:, None] * source_stride + d[None, :], read, other=0.0).to(tl.float32)
     g = tl.load(dy + n[:, None] * dy_stride + d[None, :], read, other=0.0).to(tl.float32)
@@ -179,16 +180,16 @@ def _write_gradients(dx, dmask, g, p, slope, dot, n, d, inside, kept, D, scale):
 
 
 @triton.jit
-def _write_sink_gradient(dsink, sink, peaks, log_sums, dot, n, N):
+def _write_sink_gradient(dsink, sink, peaks, totals, dot, n, N):
     k = tl.load(sink + n, n < N, other=0.0).to(tl.float32)
     m = tl.load(peaks + n, n < N, other=0.0)
-    log_sum = tl.load(log_sums + n, n < N, other=0.0)
-    tl.store(dsink + n, -tl.exp(k - m - log_sum) * dot, n < N)
+    total = tl.load(totals + n, n < N, other=1.0)
+    tl.store(dsink + n, -tl.exp(k - m) / total * dot, n < N)
 
 
 @triton.jit
 def _backward(
-    dy, source, mask, sink, peaks, log_sums, dx, dmask, dsink, dy_stride, source_stride, N, D, Q, scale, softcap,
+    dy, source, mask, sink, peaks, totals, dx, dmask, dsink, dy_stride, source_stride, N, D, Q, scale, softcap,
     L1, L2, s0, s1, s2, sd,
     CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +198,7 @@ def _backward(
     d = tl.arange(0, BLOCK_D)
     inside, read, kept = _spans(start, n, d, N, D, Q, CAUSAL)
     g, p, slope, kept = _cotangents(
-        dy, source, mask, peaks, log_sums, start, n, d, read, kept, dy_stride, source_stride, N, scale, softcap,
+        dy, source, mask, peaks, totals, start, n, d, read, kept, dy_stride, source_stride, N, scale, softcap,
         L1, L2, s0, s1, s2, sd, BOOLEAN,
     )  # fmt: skip
     if peaks is None:
@@ -210,12 +211,12 @@ def _backward(
         dot = tl.sum(g * p, 1)
     _write_gradients(dx, dmask, g, p, slope, dot, n, d, inside, kept, D, scale)
     if dsink is not None:
-        _write_sink_gradient(dsink, sink, peaks, log_sums, dot, n, N)
+        _write_sink_gradient(dsink, sink, peaks, totals, dot, n, N)
 
 
 @triton.jit
 def _backward_long(
-    dy, source, mask, sink, peaks, log_sums, dx, dmask, dsink, dy_stride, source_stride, N, D, Q, scale, softcap,
+    dy, source, mask, sink, peaks, totals, dx, dmask, dsink, dy_stride, source_stride, N, D, Q, scale, softcap,
     L1, L2, s0, s1, s2, sd,
     CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -227,7 +228,7 @@ def _backward_long(
         d = block + tl.arange(0, BLOCK_D)
         _, read, kept = _spans(start, n, d, N, D, Q, CAUSAL)
         g, p, _, _ = _cotangents(
-            dy, source, mask, peaks, log_sums, start, n, d, read, kept, dy_stride, source_stride, N, scale, softcap,
+            dy, source, mask, peaks, totals, start, n, d, read, kept, dy_stride, source_stride, N, scale, softcap,
             L1, L2, s0, s1, s2, sd, BOOLEAN,
         )  # fmt: skip
         total += tl.sum(p, 1)
@@ -241,7 +242,7 @@ def _backward_long(
                 _, read, kept = _spans(start, n, d, N, D, Q, CAUSAL)
                 kept = _kept_where_odd(mask, start, n, d, kept, odd, L1, L2, s0, s1, s2, sd)
                 g, p, _, _ = _cotangents(
-                    dy, source, mask, peaks, log_sums, start, n, d, read, kept, dy_stride, source_stride, N,
+                    dy, source, mask, peaks, totals, start, n, d, read, kept, dy_stride, source_stride, N,
                     scale, softcap, L1, L2, s0, s1, s2, sd, BOOLEAN,
                 )  # fmt: skip
                 dot += tl.sum(g * p, 1)
@@ -254,12 +255,12 @@ def _backward_long(
         if peaks is None and BOOLEAN:
             kept = _kept_where_odd(mask, start, n, d, kept, odd, L1, L2, s0, s1, s2, sd)
         g, p, slope, kept = _cotangents(
-            dy, source, mask, peaks, log_sums, start, n, d, read, kept, dy_stride, source_stride, N, scale, softcap,
+            dy, source, mask, peaks, totals, start, n, d, read, kept, dy_stride, source_stride, N, scale, softcap,
             L1, L2, s0, s1, s2, sd, BOOLEAN,
         )  # fmt: skip
         _write_gradients(dx, dmask, g, p / total[:, None], slope, dot, n, d, inside, kept, D, scale)
     if dsink is not None:
-        _write_sink_gradient(dsink, sink, peaks, log_sums, dot, n, N)
+        _write_sink_gradient(dsink, sink, peaks, totals, dot, n, N)
 
 
 def forward(x, mask, sink, *, scale: float, softcap: float | None, causal: bool, keep_x: bool):
@@ -267,22 +268,22 @@ def forward(x, mask, sink, *, scale: float, softcap: float | None, causal: bool,
     x_rows = rows(x)
     N, D = x_rows.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    peaks = log_sums = None
+    peaks = totals = None
     if keep_x:
-        peaks, log_sums = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
+        peaks, totals = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
     pointer, strides, boolean = _broadcast(mask, x.shape)
     Q = x.shape[-2] if causal else 1
     arguments = (
-        x_rows, pointer, _of_each_row(sink, x), y, peaks, log_sums, x_rows.stride(0), N, D, Q, scale, softcap, *strides
+        x_rows, pointer, _of_each_row(sink, x), y, peaks, totals, x_rows.stride(0), N, D, Q, scale, softcap, *strides
     )  # fmt: skip
     if x.numel():
         _launch(_forward, _forward_long, N, D, arguments, CAUSAL=causal, BOOLEAN=boolean)
-    return y, (x if keep_x else y, mask, sink, peaks, log_sums)
+    return y, (x if keep_x else y, mask, sink, peaks, totals)
 
 
 def backward(grads, saved, needs, *, scale: float, softcap: float | None, causal: bool):
     """Return the gradients of x, of the mask and of the sink."""
-    kept, mask, sink, peaks, log_sums = saved
+    kept, mask, sink, peaks, totals = saved
     dy, source = rows(grads[0]), rows(kept)
     N, D = dy.shape
     dx = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device) if needs[0] else None
@@ -291,7 +292,7 @@ def backward(grads, saved, needs, *, scale: float, softcap: float | None, causal
     pointer, strides, boolean = _broadcast(mask, kept.shape)
     Q = kept.shape[-2] if causal else 1
     arguments = (
-        dy, source, pointer, _of_each_row(sink, kept), peaks, log_sums, dx, dmask, dsink,
+        dy, source, pointer, _of_each_row(sink, kept), peaks, totals, dx, dmask, dsink,
         dy.stride(0), source.stride(0), N, D, Q, scale, softcap, *strides,
     )  # fmt: skip
     if kept.numel():
