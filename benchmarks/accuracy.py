@@ -71,16 +71,20 @@ class Judge:
     def _results(self, fn: Callable[..., Any], call: Call) -> list[Tensor]:
         outputs = tensors(fn(*call.args, **call.kwargs))
         cotangents = [c.to(y.dtype) for c, y in zip(self.cotangents, outputs, strict=True)]
-        return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves(call), cotangents)]
+        wanted = leaves(call)
+        gradients = torch.autograd.grad(outputs, wanted, cotangents) if wanted else ()
+        return [*(y.detach() for y in outputs), *gradients]
 
     def _rescaled(self, scale: float, dtype: torch.dtype | None = None) -> Call:
-        def change(t: Tensor) -> Tensor:
-            if not t.is_floating_point():
+        def change(t: Any) -> Any:
+            if isinstance(t, torch.dtype):  # the dtype of the result
+                return dtype or t
+            if not isinstance(t, Tensor) or not t.is_floating_point():
                 return t
             rescaled = t.detach() * scale if t.requires_grad else t
             return rescaled.to(dtype or t.dtype).requires_grad_(t.requires_grad)
 
-        return pytree.tree_map_only(Tensor, change, self.call)
+        return pytree.tree_map(change, self.call)
 
 
 def error(value: Tensor, truth: Tensor) -> float:

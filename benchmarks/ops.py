@@ -55,6 +55,10 @@ class Case:
         options = {**self.op.variants["default"], **self.dims}
         return self.op.inputs(Draw(0, self.dtype, self.device), **options)
 
+    def passes(self) -> tuple[str, ...]:
+        """What there is to time."""
+        return PASSES if self.op.differentiable else (FORWARD,)
+
     def least_bytes(self, which: str, itemsize: int | None = None) -> int:
         """What the operator must move at least."""
         options = {**self.op.variants["default"], **self.dims}
@@ -108,11 +112,13 @@ def measure(case: Case, rounds: int, clock: timing.Clock | None = None) -> list[
     needed, memory = TRUTH_COPIES * case.least_bytes(FORWARD, itemsize=8), _memory(case.device)
     if needed > memory:
         status = f"skipped: the float64 truth needs about {needed / 1e9:.0f} GB, there are {memory / 1e9:.0f}"
-        return [case.record(which, name, status=status) for which in PASSES for name in ("aten", "compiled", "braze")]
+        return [
+            case.record(which, name, status=status) for which in case.passes() for name in ("aten", "compiled", "braze")
+        ]
     call = case.call()
     judge = Judge(case.op, call)
     found = []
-    for which in PASSES:
+    for which in case.passes():
         functions, absent = _providers(case, call)
         found += [case.record(which, name, status=f"unavailable: {why}") for name, why in absent.items()]
         found += _measure_pass(case, call, judge, which, functions, rounds, clock or timing.clock_for(case.device))

@@ -14,10 +14,16 @@ from .ops.glu import GLU as GLU
 from .ops.glu import GLU_OP, PACKED_GLU
 from .ops.glu import glu as glu
 from .ops.glu import packed_glu as packed_glu
+from .ops.image_normalize import IMAGE_NORMALIZE
+from .ops.image_normalize import ImageNormalize as ImageNormalize
+from .ops.image_normalize import image_normalize as image_normalize
 from .ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from .ops.layer_norm import LayerNorm as LayerNorm
 from .ops.layer_norm import add_layer_norm as add_layer_norm
 from .ops.layer_norm import layer_norm as layer_norm
+from .ops.log_softmax import LOG_SOFTMAX
+from .ops.log_softmax import LogSoftmax as LogSoftmax
+from .ops.log_softmax import log_softmax as log_softmax
 from .ops.rms_norm import ADD_RMS_NORM, RMS_NORM
 from .ops.rms_norm import RMSNorm as RMSNorm
 from .ops.rms_norm import add_rms_norm as add_rms_norm
@@ -28,4 +34,17 @@ from .ops.softmax import SOFTMAX
 from .ops.softmax import Softmax as Softmax
 from .ops.softmax import softmax as softmax
 
-OPS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU_OP, PACKED_GLU, ROPE, SOFTMAX, CROSS_ENTROPY, DROPOUT)
+OPS = (
+    ADD_LAYER_NORM,
+    ADD_RMS_NORM,
+    CROSS_ENTROPY,
+    DROPOUT,
+    GLU_OP,
+    IMAGE_NORMALIZE,
+    LAYER_NORM,
+    LOG_SOFTMAX,
+    PACKED_GLU,
+    RMS_NORM,
+    ROPE,
+    SOFTMAX,
+)

@@ -53,8 +53,7 @@ def compiled(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Any:
     """``function(*tensors, **options)``, compiled, with no record for autograd; the options become constants."""
-    described = ((t.dim(), t.dtype, t.device) if t is not None else None for t in tensors)
-    kind = (function, *described, *sorted(options.items()))
+    kind = (function, *map(_described, tensors), *sorted(options.items()))
     widths = tuple(t.shape[-1] if t is not None and t.dim() > 1 else None for t in tensors)
     known = _widths.setdefault(kind, set())
     if len(known) < MOST_WIDTHS:
@@ -70,6 +69,12 @@ def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None]
         call = _calls[kind, widths] = _new_call(function, widths)
         with torch._dynamo.config.patch(specialize_float=True):
             return call(*detached, **options)
+
+
+def _described(t: Tensor | None) -> tuple[Any, ...] | None:
+    # Dynamo guards on strides of 0 and 1: a few layouts of each of two tensors would be more recompiles than it allows
+    # for one code object, and an error.
+    return None if t is None else (t.dtype, t.device, *(min(stride, 2) for stride in t.stride()))
 
 
 #: Widths of rows that get compiled code of their own, for each kind of call; further ones share code for any width.

@@ -79,7 +79,7 @@ def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
     if torch.compiler.is_compiling():
         return op.reference(*tensors, **options)
     if any(sharding.is_sharded(t) for t in tensors):
-        signature = op.axes if isinstance(op.axes, str) else op.axes(**options)
+        signature = op.axes if isinstance(op.axes, str) else op.axes(*tensors, **options)
         return sharding.run(op.name, functools.partial(run, op, **options), signature, tensors)
     backend = choose(op, tensors).backend
     function = implementation(op, backend)

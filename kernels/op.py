@@ -39,7 +39,7 @@ class ErrorInput(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """The least bytes that a forward and a backward pass must move: each operand once."""
+    """The least bytes that a forward and a backward pass must move: each operand once; 0 without a backward pass."""
 
     forward: int
     backward: int
@@ -101,6 +101,10 @@ class Draw:
         """Integers (int64) in [low, high); all ``low`` where that range is empty."""
         return torch.randint(low, max(high, low + 1), shape, generator=self.generator).to(self.device)
 
+    def bytes(self, *shape: int) -> Tensor:
+        """A uint8 operand, in the drawn layout; no gradient flows to it."""
+        return self._lay_out(torch.randint(0, 256, shape, generator=self.generator, dtype=torch.uint8).to(self.device))
+
     def permutation(self, n: int) -> Tensor:
         """The integers below n (int64) in random order."""
         return torch.randperm(n, generator=self.generator).to(self.device)
@@ -156,7 +160,7 @@ class Op:
     #: What the same call is in plain ATen: the benchmarks' baseline, and the model for result dtypes.
     aten: Callable[..., Any]
     #: The dims of the tensors that go in and come out, and which may be sharded (``sharding.py``): a signature, or a
-    #: function that gives it for the options of a call.
+    #: function that gives it for the tensors and options of a call.
     axes: str | Callable[..., str]
     #: Invalid calls and the message each must get.
     errors: Callable[[], Iterable[ErrorInput]]
@@ -173,6 +177,8 @@ class Op:
     module: type[torch.nn.Module] | None = None
     #: Allowed error in units of the reference's own. Raising it needs a reason beside it.
     slack: float = 2.0
+    #: Whether a gradient flows to any of the inputs.
+    differentiable: bool = True
     #: Device types on which autocast runs the ATen counterpart in float32.
     autocast_to_float32: frozenset[str] = frozenset()
 

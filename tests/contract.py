@@ -122,7 +122,7 @@ def check_sharded(case: Case, mesh: DeviceMesh) -> str:
     passed = [id(t) for t in pytree.tree_leaves(call) if isinstance(t, Tensor)]
     if any(t is not None and id(t) not in passed for t in tensors):
         return "a view"  # which DTensor makes itself
-    names, _ = sharding.parse(case.op.axes if isinstance(case.op.axes, str) else case.op.axes(**options))
+    names, _ = sharding.parse(case.op.axes if isinstance(case.op.axes, str) else case.op.axes(*tensors, **options))
     own = sharding.axes(names[0], tensors[0].dim())
     sizes = dict(zip(own, tensors[0].shape, strict=True))
 
@@ -165,16 +165,18 @@ def poisoned_allocations() -> Iterator[None]:
 
 def _run(fn: Callable[..., Any], call: Call) -> tuple[list[Tensor], list[Tensor]]:
     leaves = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.requires_grad]
-    return _tensors(fn(*call.args, **call.kwargs)), leaves
+    outputs = _tensors(fn(*call.args, **call.kwargs))
+    assert leaves or not any(y.requires_grad for y in outputs)
+    return outputs, leaves
 
 
 def _gradients(outputs: list[Tensor], leaves: list[Tensor], cotangents: list[Tensor]) -> Results:
-    gradients = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
+    gradients = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True) if leaves else ()
     return _results(outputs, gradients, leaves)
 
 
 def _second_gradients(outputs: list[Tensor], leaves: list[Tensor], cotangents: list[Tensor]) -> Results:
-    first = torch.autograd.grad(outputs, leaves, cotangents, create_graph=True, allow_unused=True)
+    first = torch.autograd.grad(outputs, leaves, cotangents, create_graph=True, allow_unused=True) if leaves else ()
     functional = [g for g in first if g is not None and g.requires_grad]
     if not functional:  # linear: there is no second derivative
         return _results(outputs, first, leaves)
@@ -244,7 +246,9 @@ def _reference_runs(
     with _reference_runs_with() as options:
         plain = derive(*_run(case.op.fn, plain_call), cotangents)
     wide_call = _map(plain_call, lambda t: t.detach().double().requires_grad_(t.requires_grad))
-    with _reference_runs_with(options):  # the same eps, which may depend on the dtype
+    # The same eps, which may depend on the dtype; a dtype that is itself an option is as wide as the operands.
+    wide_options = {name: torch.float64 if isinstance(o, torch.dtype) else o for name, o in options.items()}
+    with _reference_runs_with(wide_options):
         truth = derive(*_run(case.op.fn, wide_call), [c.double() for c in cotangents])
     return truth, plain
 

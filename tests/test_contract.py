@@ -13,6 +13,7 @@ import torch
 
 import braze.kernels.triton
 from braze.kernels import OPS
+from braze.kernels.op import Dims
 
 from .contract import Case, check_against_reference
 
@@ -24,6 +25,7 @@ class Mutant(NamedTuple):
     kernels: str
     before: str
     after: str
+    variant: str = "default"
 
 
 MUTANTS = {
@@ -64,24 +66,48 @@ MUTANTS = {
     "the gradient of the new residual forgotten": Mutant(
         "add_rms_norm", "norm", "dh_out = grads[1].contiguous() if len(grads) == 2 else None", "dh_out = None"
     ),
+    "a running sum that is not rescaled": Mutant(
+        "log_softmax", "log_softmax", "total = total * tl.exp(m - base) + ", "total = total + "
+    ),
+    "a cotangent that is not summed": Mutant(
+        "log_softmax", "log_softmax", "out = g - p * tl.sum(g, 1)[:, None]", "out = g - p"
+    ),
+    "the sink left out of the sum": Mutant(
+        "softmax", "softmax", "total += tl.exp(k - m)", "total += 0.0 * tl.exp(k - m)", "sink"
+    ),
+    "the slope of the cap forgotten": Mutant("softmax", "softmax", "ds * slope * scale", "ds * scale", "softcap"),
+    "pixels not reversed within their group": Mutant(
+        "image_normalize",
+        "image_normalize",
+        "p = mirrored * 15 + (1 - 2 * mirrored) * p",
+        "p = p + mirrored * 0",
+        "packed to planar, flipped",
+    ),
+    "groups across the edge of a box not read": Mutant(
+        "image_normalize", "image_normalize", "(last > x1)", "(last > x1 + 16)", "planar, cutmix"
+    ),
 }
 
 #: A ragged block, more rows than one round of the persistent loop holds, and a row longer than one program does.
-DIMS = ({"N": 5, "D": 33}, {"N": 129, "D": 129}, {"N": 2, "D": 16_385})
+ROWS = ({"N": 5, "D": 33}, {"N": 129, "D": 129}, {"N": 2, "D": 16_385})
+DIMS: dict[str, tuple[Dims, ...]] = {
+    "softmax": ({"B": 2, "Q": 5, "K": 33}, {"B": 1, "Q": 2, "K": 16_385}),
+    "image_normalize": ({"N": 3, "C": 3, "H": 9, "W": 80}, {"N": 3, "C": 5, "H": 2, "W": 17}),
+}
 
 
-def _cases(op: str) -> list[Case]:
+def _cases(op: str, variant: str) -> list[Case]:
     (found,) = [o for o in OPS if o.name == op]
     return [
-        Case(found, dims, torch.float32, layout=layout, cotangent_layout=layout, regime=regime)
-        for dims in DIMS
+        Case(found, dims, torch.float32, variant=variant, layout=layout, cotangent_layout=layout, regime=regime)
+        for dims in DIMS.get(op, ROWS)
         for layout in ("contiguous", "strided", "expanded")
         for regime in ("ordinary", "tiny")
     ]
 
 
-def _survives(op: str) -> bool:
-    for case in _cases(op):
+def _survives(op: str, variant: str) -> bool:
+    for case in _cases(op, variant):
         try:
             check_against_reference(case, "triton")
         except Exception as failure:  # a wrong answer, or a crash: either way it was noticed
@@ -93,12 +119,12 @@ def _survives(op: str) -> bool:
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
 def test_a_broken_kernel_fails_the_contract(mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(braze.kernels.triton, mutant.kernels, _broken(mutant, tmp_path))
-    assert not _survives(mutant.op), f"{mutant.after!r} went unnoticed"
+    assert not _survives(mutant.op, mutant.variant), f"{mutant.after!r} went unnoticed"
 
 
-@pytest.mark.parametrize("op", sorted({m.op for m in MUTANTS.values()}))
-def test_the_kernels_as_they_are_pass(op: str) -> None:
-    assert _survives(op)
+@pytest.mark.parametrize(("op", "variant"), sorted({(m.op, m.variant) for m in MUTANTS.values()}))
+def test_the_kernels_as_they_are_pass(op: str, variant: str) -> None:
+    assert _survives(op, variant)
 
 
 def _broken(mutant: Mutant, folder: Path) -> ModuleType:

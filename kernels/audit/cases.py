@@ -57,10 +57,12 @@ def cases(sizes: Callable[[Op], Sequence[Dims]], quick: bool) -> Iterator[Case]:
 
 
 def passes(case: Case, draw: Draw) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The two passes of a call, to be run in this order; both see contiguous tensors."""
+    """The passes of a call, to be run in this order; a backward pass sees contiguous cotangents."""
     args, kwargs = case.op.inputs(draw, **case.dims, **case.op.variants[case.variant])
     outputs: list[Tensor] = []
     yield "forward", lambda: outputs.extend(t for t in tree_leaves(case.op.fn(*args, **kwargs)) if t.requires_grad)
+    if not case.op.differentiable:
+        return
     wanted = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
     cotangents = [torch.ones_like(t, memory_format=torch.contiguous_format) for t in outputs]
     yield "backward", lambda: torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
@@ -82,6 +84,9 @@ class Shapes(Draw):
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:  # noqa: D102 - as in Draw
         return torch.empty(shape, dtype=torch.int64, device="meta")
+
+    def bytes(self, *shape: int) -> Tensor:  # noqa: D102 - as in Draw
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
 
     def permutation(self, n: int) -> Tensor:  # noqa: D102 - as in Draw
         return self.integers(0, n, n)

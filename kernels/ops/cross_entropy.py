@@ -375,7 +375,7 @@ def _traffic(
     )
 
 
-def _axes(*, reduction: str, **_: Any) -> str:
+def _axes(*_: Tensor | None, reduction: str, **__: Any) -> str:
     return "n C ..., n ..., C -> " + ("n ..." if reduction == "none" else "")
 
 
