@@ -62,9 +62,8 @@ def softmax(
     """Softmax of ``scale·x`` over ``dim``: capped, masked, and beside a sink.
 
     Computed in float32 and rounded once. The backward pass keeps y; x beside a sink, for a cap, and for a mask that
-    requires a gradient. A masked-out entry is 0 and
-    its gradient is 0, whatever x holds there and whatever its cotangent is; the entries of a row with nothing kept are
-    NaN, as in ``torch.softmax``, and 0 beside a sink.
+    requires a gradient. A masked-out entry is 0 and its gradient is 0, whatever x holds there and whatever its
+    cotangent is; the entries of a row with nothing kept are NaN, as in ``torch.softmax``, and 0 beside a sink.
 
     Args:
         x: floating-point tensor [..., K]; [..., Q, K] for ``causal``.
