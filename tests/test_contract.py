@@ -64,10 +64,20 @@ MUTANTS = {
     "the gradient of the new residual forgotten": Mutant(
         "add_rms_norm", "norm", "dh_out = grads[1].contiguous() if len(grads) == 2 else None", "dh_out = None"
     ),
+    "a cotangent turned on, not back": Mutant(
+        "qk_norm_rope", "qk_norm_rope", "g1 = y1 * c1 + y2 * s2", "g1 = y1 * c1 - y2 * s2"
+    ),
+    "heads after the first tile forgotten": Mutant(
+        "qk_norm_rope", "qk_norm_rope", "for head_tile in range(head_tiles):", "for head_tile in range(1):"
+    ),
+    "values not passed through": Mutant(
+        "rope_qkv", "rope", "_turn(v, v_copied, cos[..., :0], sin[..., :0], interleaved)", "None"
+    ),
 }
 
-#: A ragged block, more rows than one round of the persistent loop holds, and a row longer than one program does.
-DIMS = ({"N": 5, "D": 33}, {"N": 129, "D": 129}, {"N": 2, "D": 16_385})
+#: A ragged block, more rows than one round of the persistent loop holds, and a row longer than one program does; more
+#: heads than a tile holds. Each for the operators that have these dims.
+DIMS = ({"N": 5, "D": 33}, {"N": 129, "D": 129}, {"N": 2, "D": 16_385}, {"B": 2, "H": 33, "S": 3, "D": 66})
 
 
 def _cases(op: str) -> list[Case]:
@@ -75,6 +85,7 @@ def _cases(op: str) -> list[Case]:
     return [
         Case(found, dims, torch.float32, layout=layout, cotangent_layout=layout, regime=regime)
         for dims in DIMS
+        if dims.keys() == found.dims.keys()
         for layout in ("contiguous", "strided", "expanded")
         for regime in ("ordinary", "tiny")
     ]

@@ -69,7 +69,7 @@ def rope_qkv(
         RuntimeError: if qkv cannot be changed in place.
     """
     dim, turning = _layout(qkv, num_heads)
-    rope.check("rope_qkv", "a token of qkv", qkv[(..., *[0] * (-1 - dim), slice(None))], cos, sin)
+    rope.check("rope_qkv", "a head of qkv", qkv[..., 0, :] if dim == -2 else qkv[..., 0, 0, :], cos, sin)
     cos, sin = _over_heads(cos, dim), _over_heads(sin, dim)
     if inplace:
         _check_writable(qkv)
@@ -95,8 +95,8 @@ def _layout(qkv: Tensor, num_heads: int | None) -> tuple[int, int]:
 
 
 def _over_heads(table: Tensor, dim: int) -> Tensor:
-    """[..., S, R] with the dims of a token, which it shares, between the two."""
-    return table[(..., *[None] * (-1 - dim), slice(None))]
+    """[..., S, R] with the dims that every token has, and it is the same along, between the two."""
+    return table[..., None, :] if dim == -2 else table[..., None, None, :]
 
 
 def _check_writable(qkv: Tensor) -> None:

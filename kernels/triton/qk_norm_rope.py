@@ -21,6 +21,8 @@ A head of more than MAX_HEAD elements, which no model has, goes through the kern
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -231,7 +233,7 @@ def _backward(
 
 def forward(x, weight, bias, cos, sin, *, eps: float, weight_offset: float, center: bool, interleaved: bool):
     """Return y, and what the backward pass needs: the inputs, and of long heads the mean and 1/√(…) of each."""
-    options = {"eps": eps, "weight_offset": weight_offset, "center": center}
+    options: dict[str, Any] = {"eps": eps, "weight_offset": weight_offset, "center": center}
     if x.shape[-1] > MAX_HEAD:
         z, (*_, mean, rstd) = norm.forward(x, None, weight, bias, **options)
         return rope.turned(z, cos, sin, interleaved), (x, weight, bias, cos, sin, mean, rstd)
@@ -256,7 +258,7 @@ def forward(x, weight, bias, cos, sin, *, eps: float, weight_offset: float, cent
 def backward(grads, saved, needs, *, eps: float, weight_offset: float, center: bool, interleaved: bool):
     """Return the gradients of x, weight and bias."""
     (dy,), (x, weight, bias, cos, sin, *statistics) = grads, saved
-    options = {"eps": eps, "weight_offset": weight_offset, "center": center}
+    options: dict[str, Any] = {"eps": eps, "weight_offset": weight_offset, "center": center}
     if statistics:
         dz = rope.turned(dy.float(), cos, sin, interleaved, transpose=True)
         dx, _, dw, db = norm.backward((dz,), (x, weight, bias, *statistics), (needs[0], False, *needs[1:3]), **options)
@@ -266,9 +268,9 @@ def backward(grads, saved, needs, *, eps: float, weight_offset: float, center: b
     axes = rope.axes((x, dy, dx), cos, sin)
     if axes is None:
         rows, tables = rope.flat(x, cos, sin)
-        rows = (rows, weight, bias, *tables)
-        dx, *others = backward((dy.reshape(rows[0].shape),), rows, needs, **options, interleaved=interleaved)
-        return None if dx is None else dx.view(x.shape), *others
+        flat = (rows, weight, bias, *tables)
+        dx, *others = backward((dy.reshape(rows.shape),), flat, needs, **options, interleaved=interleaved)
+        return dx.view(x.shape), *others
     tiles, sizes, meta = _plan(axes, x.shape[-1], cos.shape[-1])
     programs = min(tiles, 4 * multiprocessors(x.device)) if x.numel() else 0
     dw, db = (

@@ -109,7 +109,8 @@ def forward(x, cos, sin, *, interleaved: bool):
 
 def backward(grads, saved, needs, *, interleaved: bool):
     """Return the gradient of x: the cotangent under the transposed rotation."""
-    return turned(grads[0], *saved, interleaved, transpose=True), None, None
+    cos, sin = saved
+    return turned(grads[0], cos, sin, interleaved, transpose=True), None, None
 
 
 def packed_forward(qkv, cos, sin, *, dim: int, turning: int, interleaved: bool, inplace: bool):
@@ -126,7 +127,8 @@ def packed_forward(qkv, cos, sin, *, dim: int, turning: int, interleaved: bool, 
 
 def packed_backward(grads, saved, needs, *, dim: int, turning: int, interleaved: bool, inplace: bool):
     """Return the gradient of qkv: never in place, as autograd may hand the same cotangent to others."""
-    return _packed(grads[0], *saved, dim, turning, interleaved, transpose=True), None, None
+    cos, sin = saved
+    return _packed(grads[0], cos, sin, dim, turning, interleaved, transpose=True), None, None
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transpose: bool = False) -> Tensor:
@@ -163,7 +165,7 @@ def _turn(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, tra
     found = axes((x, y), cos, sin)
     if found is None:
         rows, tables = flat(x, cos, sin)
-        y.copy_(turned(rows, *tables, interleaved, transpose).view(x.shape))
+        y.copy_(turned(rows, *tables, interleaved=interleaved, transpose=transpose).view(x.shape))
         return
     T, T1, H, H1 = sizes(found)
     rows = max(1, TILE // triton.next_power_of_2(D))
@@ -189,9 +191,9 @@ Axes = tuple[Axis, Axis, Axis, Axis]
 
 
 def axes(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor) -> Axes | None:
-    """The dims that cos and sin differ along, and those that they are broadcast over; outermost first.
+    """The dims that cos and sin differ along, and those that they are broadcast over; outermost in memory first.
 
-    That is, in the last tensor. What is missing has the size 1. None: two dims each cannot describe these views, which :func:`flat` has to copy.
+    What is missing has the size 1. None: two dims each cannot describe these views, which :func:`flat` has to copy.
     """
     shape = tensors[0].shape[:-1]
     cos, sin = (t.expand(*shape, t.shape[-1]) for t in (cos, sin))
@@ -202,7 +204,8 @@ def axes(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor) -> Axes | None:
     if len(tokens) > 2 or len(heads) > 2:
         return None
     absent = (1, *[0] * (len(tensors) + 2))
-    return (*[absent] * (2 - len(tokens)), *tokens, *[absent] * (2 - len(heads)), *heads)
+    (t0, t1), (h0, h1) = ([absent] * (2 - len(some)) + some for some in (tokens, heads))
+    return t0, t1, h0, h1
 
 
 def sizes(found: Axes) -> tuple[int, int, int, int]:
