@@ -303,5 +303,6 @@ def _plan(axes: rope.Axes, D: int, R: int) -> tuple[int, tuple[int, ...], dict[s
         "BLOCK_REST": triton.next_power_of_2(D - R) if D > R else 0,
         "num_warps": max(1, BLOCK_T * BLOCK_H * triton.next_power_of_2(D) // 1024),
     }
-    tiles = triton.cdiv(T, BLOCK_T) * triton.cdiv(H, BLOCK_H * HEAD_TILES)
-    return tiles, (*rope.sizes(axes), D, R, HEAD_TILES), meta
+    head_tiles = min(HEAD_TILES, triton.cdiv(H, BLOCK_H))
+    tiles = triton.cdiv(T, BLOCK_T) * triton.cdiv(H, BLOCK_H * head_tiles)
+    return tiles, (*rope.sizes(axes), D, R, head_tiles), meta
