@@ -24,12 +24,24 @@ from .ops.layer_norm import layer_norm as layer_norm
 from .ops.log_softmax import LOG_SOFTMAX
 from .ops.log_softmax import LogSoftmax as LogSoftmax
 from .ops.log_softmax import log_softmax as log_softmax
+from .ops.qk_norm_rope import QK_NORM_ROPE
+from .ops.qk_norm_rope import qk_norm_rope as qk_norm_rope
 from .ops.rms_norm import ADD_RMS_NORM, RMS_NORM
 from .ops.rms_norm import RMSNorm as RMSNorm
 from .ops.rms_norm import add_rms_norm as add_rms_norm
 from .ops.rms_norm import rms_norm as rms_norm
 from .ops.rope import ROPE
 from .ops.rope import rope as rope
+from .ops.rope_qkv import ROPE_QKV
+from .ops.rope_qkv import rope_qkv as rope_qkv
+from .ops.rotary_tables import axial_tables as axial_tables
+from .ops.rotary_tables import grid_positions as grid_positions
+from .ops.rotary_tables import llama3_frequencies as llama3_frequencies
+from .ops.rotary_tables import mrope_tables as mrope_tables
+from .ops.rotary_tables import rotary_frequencies as rotary_frequencies
+from .ops.rotary_tables import rotary_tables as rotary_tables
+from .ops.rotary_tables import yarn_attention_factor as yarn_attention_factor
+from .ops.rotary_tables import yarn_frequencies as yarn_frequencies
 from .ops.softmax import SOFTMAX
 from .ops.softmax import Softmax as Softmax
 from .ops.softmax import softmax as softmax
@@ -44,7 +56,9 @@ OPS = (
     LAYER_NORM,
     LOG_SOFTMAX,
     PACKED_GLU,
+    QK_NORM_ROPE,
     RMS_NORM,
     ROPE,
+    ROPE_QKV,
     SOFTMAX,
 )

@@ -27,16 +27,23 @@ def fused(
     tensors: Sequence[Tensor | None],
     options: dict[str, Any],
 ) -> Any:
-    """Run ``forward`` on ``tensors``, recorded for autograd only if one of them needs it (the record costs 1-2 us)."""
+    """Run ``forward`` on ``tensors``, recorded for autograd only if one of them needs it (the record costs 1-2 us).
+
+    A ``forward`` that returns one of its tensors has changed that one in place.
+    """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Fused.apply(forward, backward, second, options, *tensors)
-    return forward(*tensors, **options)[0]
+    outputs = forward(*tensors, **options)[0]
+    if any(outputs is t for t in tensors):
+        torch.autograd.graph.increment_version(outputs)
+    return outputs
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward, backward, second, options, *tensors):
         outputs, saved = forward(*tensors, **options)
+        ctx.mark_dirty(*(t for t in tensors if t is outputs))
         ctx.save_for_backward(*saved)
         ctx.backward, ctx.second, ctx.options = backward, second, options
         return outputs

@@ -13,7 +13,6 @@ import torch
 
 import braze.kernels.triton
 from braze.kernels import OPS
-from braze.kernels.op import Dims
 
 from .contract import Case, check_against_reference
 
@@ -86,21 +85,37 @@ MUTANTS = {
     "groups across the edge of a box not read": Mutant(
         "image_normalize", "image_normalize", "(last > x1)", "(last > x1 + 16)", "planar, cutmix"
     ),
+    "a cotangent turned on, not back": Mutant(
+        "qk_norm_rope", "qk_norm_rope", "g1 = y1 * c1 + y2 * s2", "g1 = y1 * c1 - y2 * s2"
+    ),
+    "heads after the first tile forgotten": Mutant(
+        "qk_norm_rope", "qk_norm_rope", "for head_tile in range(head_tiles):", "for head_tile in range(1):"
+    ),
+    "values not passed through": Mutant(
+        "rope_qkv", "rope", "_turn(v, v_copied, cos[..., :0], sin[..., :0], interleaved)", "None"
+    ),
 }
 
-#: A ragged block, more rows than one round of the persistent loop holds, and a row longer than one program does.
-ROWS = ({"N": 5, "D": 33}, {"N": 129, "D": 129}, {"N": 2, "D": 16_385})
-DIMS: dict[str, tuple[Dims, ...]] = {
-    "softmax": ({"B": 2, "Q": 5, "K": 33}, {"B": 1, "Q": 2, "K": 16_385}),
-    "image_normalize": ({"N": 3, "C": 3, "H": 9, "W": 80}, {"N": 3, "C": 5, "H": 2, "W": 17}),
-}
+#: A ragged block, more rows than one round of the persistent loop holds, and a row longer than one program does; more
+#: heads than a tile holds; rows and images with a ragged end. Each for the operators that have these dims.
+DIMS = (
+    {"N": 5, "D": 33},
+    {"N": 129, "D": 129},
+    {"N": 2, "D": 16_385},
+    {"B": 2, "H": 33, "S": 3, "D": 66},
+    {"B": 2, "Q": 5, "K": 33},
+    {"B": 1, "Q": 2, "K": 16_385},
+    {"N": 3, "C": 3, "H": 9, "W": 80},
+    {"N": 3, "C": 5, "H": 2, "W": 17},
+)
 
 
 def _cases(op: str, variant: str) -> list[Case]:
     (found,) = [o for o in OPS if o.name == op]
     return [
         Case(found, dims, torch.float32, variant=variant, layout=layout, cotangent_layout=layout, regime=regime)
-        for dims in DIMS.get(op, ROWS)
+        for dims in DIMS
+        if dims.keys() == found.dims.keys()
         for layout in ("contiguous", "strided", "expanded")
         for regime in ("ordinary", "tiny")
     ]

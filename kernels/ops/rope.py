@@ -67,33 +67,37 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
         TypeError: if x, cos or sin is not floating point.
         ValueError: if x has fewer than two dims, R is odd or more than D, or cos or sin does not broadcast to x.
     """
-    _check(x, cos, sin)
+    check("rope", "x", x, cos, sin)
     return dispatch.run(ROPE, x, cos, sin, interleaved=bool(interleaved))
 
 
-def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    for label, tensor in (("x", x), ("cos", cos), ("sin", sin)):
+def check(name: str, label: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raise unless x, which the caller knows as ``label``, can turn by cos and sin."""
+    for argument, tensor in ((label, x), ("cos", cos), ("sin", sin)):
         if not tensor.is_floating_point():
             raise TypeError(
-                f"rope: {label} must be a floating-point tensor, got {tensor.dtype}; convert it, e.g. {label}.float()"
+                f"{name}: {argument} must be a floating-point tensor, got {tensor.dtype}; "
+                f"convert it, e.g. {argument}.float()"
             )
     if x.dim() < 2:
-        raise ValueError(f"rope: x must have at least two dims, [..., S, D], got {tuple(x.shape)}; unsqueeze it")
-    for label, tensor in (("cos", cos), ("sin", sin)):
+        raise ValueError(
+            f"{name}: {label} must have at least two dims, [..., S, D], got {tuple(x.shape)}; unsqueeze it"
+        )
+    for argument, tensor in (("cos", cos), ("sin", sin)):
         shape = tuple(tensor.shape)
         if tensor.dim() == 0 or shape[-1] % 2 or shape[-1] > x.shape[-1]:
             raise ValueError(
-                f"rope: {label} must have an even number of columns, at most the {x.shape[-1]} of x, got {shape}; "
-                "give it one column for each element that turns"
+                f"{name}: {argument} must have an even number of columns, at most the {x.shape[-1]} of {label}, "
+                f"got {shape}; give it one column for each element that turns"
             )
         if not _broadcasts(shape[:-1], tuple(x.shape[:-1])):
             raise ValueError(
-                f"rope: {label} must broadcast to x, {tuple(x.shape)}, without its last dim, got {shape}; "
-                f"unsqueeze the dims that it shares, e.g. {label}.unsqueeze(1) for [B, S, R] and heads at dim 1"
+                f"{name}: {argument} must broadcast to {label}, {tuple(x.shape)}, without its last dim, got {shape}; "
+                f"unsqueeze the dims that it shares, e.g. {argument}.unsqueeze(1) for [B, S, R] and heads at dim 1"
             )
     if cos.shape[-1] != sin.shape[-1]:
         raise ValueError(
-            f"rope: cos and sin must have the same number of columns, got {tuple(cos.shape)} and {tuple(sin.shape)}; "
+            f"{name}: cos and sin must have the same number of columns, got {tuple(cos.shape)} and {tuple(sin.shape)}; "
             "compute both from the same angles"
         )
 
@@ -123,14 +127,14 @@ def _compiled_forward(x: Tensor, cos: Tensor, sin: Tensor, **options: bool) -> A
 
 
 def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: bool) -> Gradients:
-    return compiled_call(_turned_back, (*grads, *saved), options), None, None
+    return compiled_call(turned_back, (*grads, *saved), options), None, None
 
 
 def _second(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
-    return _turned_back(*grads, *saved, **options), None, None
+    return turned_back(*grads, *saved, **options), None, None
 
 
-def _turned_back(dy: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+def turned_back(dy: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """The transposed rotation: rotate is its own inverse but for the sign."""
     R = cos.shape[-1]
     wide = torch.promote_types(dy.dtype, torch.float32)
@@ -144,7 +148,8 @@ def _turned_back(dy: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> 
     return torch.cat((*(t.to(dy.dtype) for t in turned), rest), -1)
 
 
-def _aten(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+def aten(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotary position embedding as it is usually written."""
     R = cos.shape[-1]
     turning = x[..., :R]
     turned = turning * cos + rotate(turning, interleaved) * sin
@@ -154,12 +159,12 @@ def _aten(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> 
 def _inputs(
     draw: Draw, *, B: int, H: int, S: int, D: int, interleaved: bool = False, partial: bool = False, own: bool = False
 ) -> Call:
-    R = _turning(D, partial)
+    R = turning_elements(D, partial)
     shape = (B, 1, S, R) if own else (S, R)
     return Call((draw.tensor(B, H, S, D), draw.constant(*shape), draw.constant(*shape)), {"interleaved": interleaved})
 
 
-def _turning(D: int, partial: bool) -> int:
+def turning_elements(D: int, partial: bool) -> int:
     """R: half of the elements if partial, else all, but an even number."""
     return D // 4 * 2 if partial else D // 2 * 2
 
@@ -179,7 +184,7 @@ def _traffic(
     itemsize: int, *, B: int, H: int, S: int, D: int, partial: bool = False, own: bool = False, **_: Any
 ) -> Traffic:
     """x, cos, sin and y; the backward pass the same."""
-    moved = (2 * B * H * S * D + 2 * (B if own else 1) * S * _turning(D, partial)) * itemsize
+    moved = (2 * B * H * S * D + 2 * (B if own else 1) * S * turning_elements(D, partial)) * itemsize
     return Traffic(forward=moved, backward=moved)
 
 
@@ -200,7 +205,7 @@ ROPE = Op(
     ),
     traffic=_traffic,
     flops=lambda B, H, S, D: 3 * B * H * S * D,
-    aten=_aten,
+    aten=aten,
     axes="... D, ... R, ... R -> ... D",
     errors=_errors,
     variants={

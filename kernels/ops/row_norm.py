@@ -43,16 +43,20 @@ def _forward(
     """(y, h, the means of the rows of h or None, their 1/√(…))."""
     h = x if residual is None else x + residual
     n = h.to(torch.promote_types(h.dtype, torch.float32))
-    mean = n.mean(-1, keepdim=True) if center else None
-    if mean is not None:
-        n = n - mean
-    rstd = torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
-    y = n * rstd
+    mean, rstd = statistics(n, eps=eps, center=center)
+    y = (n if mean is None else n - mean) * rstd
     if weight is not None:
         y = y * (weight.to(n.dtype) + weight_offset)
     if bias is not None:
         y = y + bias.to(n.dtype)
     return y.to(x.dtype), h, mean, rstd
+
+
+def statistics(n: Tensor, *, eps: float, center: bool) -> tuple[Tensor | None, Tensor]:
+    """The means of rows of float32 or wider, None if they are not centred, and their 1/√(…)."""
+    mean = n.mean(-1, keepdim=True) if center else None
+    centred = n if mean is None else n - mean
+    return mean, torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
 
 
 def compiled(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
@@ -68,11 +72,11 @@ def _compiled_forward(x: Tensor, residual: Tensor | None, *affine: Tensor | None
 def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
     dy, dh_out = grads if len(grads) == 2 else (*grads, None)
     needs = (needs[0] or needs[1], *needs[2:])
-    dh, dweight, dbias = compiled_call(_gradients, (dy, dh_out, *saved), {"needs": needs, **options})
+    dh, dweight, dbias = compiled_call(gradients, (dy, dh_out, *saved), {"needs": needs, **options})
     return dh, dh, dweight, dbias
 
 
-def _gradients(
+def gradients(
     dy: Tensor,
     dh_out: Tensor | None,
     h: Tensor,

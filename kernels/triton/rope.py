@@ -9,10 +9,14 @@ where a warp has 64 threads): all heads of one token if there are 32 of 128. Its
 to HEAD_TILES such tiles, so that they add at most 1 / (BLOCK_H · HEAD_TILES) to the traffic.
 
 The result lies in memory as x does, and both are addressed through their strides: Hugging Face's transposed
-[B, H, S, D] queries are read and written as the [B, S, H, D] that they are, with no copy.
+[B, H, S, D] queries are read and written as the [B, S, H, D] that they are, with no copy. The q and k of a packed qkv
+are such a view, and one launch rotates both, also in place: a program has read what it writes before it writes it. If
+they are not in place, v passes through a second launch in which nothing turns.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 import torch
 import triton
@@ -100,63 +104,130 @@ def _rotate(
 
 def forward(x, cos, sin, *, interleaved: bool):
     """Return the rotated x, and what the backward pass needs: cos and sin."""
-    return _launch(x, cos, sin, interleaved, transpose=False), (cos, sin)
+    return turned(x, cos, sin, interleaved), (cos, sin)
 
 
 def backward(grads, saved, needs, *, interleaved: bool):
     """Return the gradient of x: the cotangent under the transposed rotation."""
     cos, sin = saved
-    return _launch(grads[0], cos, sin, interleaved, transpose=True), None, None
+    return turned(grads[0], cos, sin, interleaved, transpose=True), None, None
 
 
-def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transpose: bool) -> Tensor:
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
-    y = torch.empty_like(x)  # in x's order of dims
+def packed_forward(qkv, cos, sin, *, dim: int, turning: int, interleaved: bool, inplace: bool):
+    """Return qkv with its first entries along dim, q and k, rotated, and what the backward pass needs: cos and sin."""
+    if not inplace:
+        return _packed(qkv, cos, sin, dim, turning, interleaved), (cos, sin)
+    qk = qkv.narrow(dim, 0, turning)[..., : cos.shape[-1]]
+    if qk.stride(-1) == 1:
+        _turn(qk, qk, cos, sin, interleaved)
+    else:
+        qk.copy_(turned(qk, cos, sin, interleaved))
+    return qkv, (cos, sin)
+
+
+def packed_backward(grads, saved, needs, *, dim: int, turning: int, interleaved: bool, inplace: bool):
+    """Return the gradient of qkv: never in place, as autograd may hand the same cotangent to others."""
+    cos, sin = saved
+    return _packed(grads[0], cos, sin, dim, turning, interleaved, transpose=True), None, None
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transpose: bool = False) -> Tensor:
+    """x rotated, or under the transposed rotation, in x's order of dims."""
+    x = adjacent(x)
+    y = torch.empty_like(x)
+    _turn(x, y, cos, sin, interleaved, transpose)
+    return y
+
+
+def _packed(
+    qkv: Tensor, cos: Tensor, sin: Tensor, dim: int, turning: int, interleaved: bool, transpose: bool = False
+) -> Tensor:
+    qkv = adjacent(qkv)
+    y = torch.empty_like(qkv)
+    sizes = (turning, qkv.shape[dim] - turning)
+    (qk, v), (qk_turned, v_copied) = qkv.split(sizes, dim), y.split(sizes, dim)
+    _turn(qk, qk_turned, cos, sin, interleaved, transpose)
+    _turn(v, v_copied, cos[..., :0], sin[..., :0], interleaved)  # nothing turns: all passes through
+    return y
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """x, copied only if the elements of a row are not adjacent."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _turn(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transpose: bool = False) -> None:
+    """Write the rotated x into y; both have adjacent elements in a row, and may be one tensor."""
     if x.numel() == 0:
-        return y
+        return
     D, R = x.shape[-1], cos.shape[-1]
-    tokens, heads = _axes(x, y, cos, sin)
-    if len(tokens) > 2 or len(heads) > 2:  # a view that two strides cannot describe
-        x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        cos, sin = (t.expand(*x.shape[:-1], R).contiguous() for t in (cos, sin))
-        tokens, heads = [(x[..., 0].numel(), D, D, R, R)], []
-    (T0, *t0), (T1, *t1) = [_ABSENT] * (2 - len(tokens)) + tokens
-    (H0, *h0), (H1, *h1) = [_ABSENT] * (2 - len(heads)) + heads
-    T, H = T0 * T1, H0 * H1
+    cos, sin = adjacent(cos), adjacent(sin)
+    found = axes((x, y), cos, sin)
+    if found is None:
+        rows, tables = flat(x, cos, sin)
+        y.copy_(turned(rows, *tables, interleaved=interleaved, transpose=transpose).view(x.shape))
+        return
+    T, T1, H, H1 = sizes(found)
     rows = max(1, TILE // triton.next_power_of_2(D))
     BLOCK_H = min(rows, triton.next_power_of_2(H))
     BLOCK_T = min(rows // BLOCK_H, triton.next_power_of_2(T))
     BLOCK_P = min(MAX_PAIRS, triton.next_power_of_2(max(1, R // 2)))
     BLOCK_REST = min(2 * MAX_PAIRS, triton.next_power_of_2(D - R)) if D > R else 0
     # With 512 pairs a warp, triton 3.6 spilled 40 bytes on sm_100 (interleaved, partial, tables for each token).
-    num_warps = min(4, max(1, BLOCK_T * BLOCK_H * BLOCK_P // 256))
+    num_warps = min(4, max(1, BLOCK_T * BLOCK_H * max(2 * BLOCK_P, BLOCK_REST) // 512))
     grid = (triton.cdiv(T, BLOCK_T), triton.cdiv(H, BLOCK_H * HEAD_TILES))
     launch(_rotate, grid,
         x, cos, sin, y, T, T1, H, H1, D, R, HEAD_TILES,
-        t0[0], t1[0], h0[0], h1[0], t0[1], t1[1], h0[1], h1[1], t0[2], t1[2], t0[3], t1[3],
+        *strides(found),
         INTERLEAVED=interleaved, TRANSPOSE=transpose,
         BLOCK_T=BLOCK_T, BLOCK_H=BLOCK_H, BLOCK_P=BLOCK_P, BLOCK_REST=BLOCK_REST, num_warps=num_warps,
     )  # fmt: skip
-    return y
 
 
-#: A dim's size, and its strides in x, y, cos and sin.
-Axis = tuple[int, int, int, int, int]
-
-_ABSENT: Axis = (1, 0, 0, 0, 0)
-
-
-def _axes(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor) -> tuple[list[Axis], list[Axis]]:
-    """The dims that cos and sin differ along, and those that they are broadcast over; outermost in memory first."""
-    cos, sin = (t.expand(*x.shape[:-1], t.shape[-1]) for t in (cos, sin))
-    axes = list(zip(x.shape, x.stride(), y.stride(), cos.stride(), sin.stride(), strict=True))[:-1]
-    axes = sorted((axis for axis in axes if axis[0] > 1), key=lambda axis: -axis[2])
-    return _merged(axis for axis in axes if any(axis[3:])), _merged(axis for axis in axes if not any(axis[3:]))
+#: A dim's size, then its strides: in the tensors that are read or written, in cos and in sin.
+Axis = tuple[int, ...]
+#: Two dims of tokens, and two of heads.
+Axes = tuple[Axis, Axis, Axis, Axis]
 
 
-def _merged(axes) -> list[Axis]:
+def axes(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor) -> Axes | None:
+    """The dims that cos and sin differ along, and those that they are broadcast over; outermost in memory first.
+
+    What is missing has the size 1. None: two dims each cannot describe these views, which :func:`flat` has to copy.
+    """
+    shape = tensors[0].shape[:-1]
+    cos, sin = (t.expand(*shape, t.shape[-1]) for t in (cos, sin))
+    found = list(zip(shape, *(t.stride()[:-1] for t in (*tensors, cos, sin)), strict=True))
+    found = sorted((axis for axis in found if axis[0] > 1), key=lambda axis: -axis[len(tensors)])
+    tokens = _merged(axis for axis in found if any(axis[-2:]))
+    heads = _merged(axis for axis in found if not any(axis[-2:]))
+    if len(tokens) > 2 or len(heads) > 2:
+        return None
+    absent = (1, *[0] * (len(tensors) + 2))
+    (t0, t1), (h0, h1) = ([absent] * (2 - len(some)) + some for some in (tokens, heads))
+    return t0, t1, h0, h1
+
+
+def sizes(found: Axes) -> tuple[int, int, int, int]:
+    """(T, T1, H, H1), as the kernels take them."""
+    t0, t1, h0, h1 = found
+    return t0[0] * t1[0], t1[0], h0[0] * h1[0], h1[0]
+
+
+def strides(found: Axes) -> tuple[int, ...]:
+    """Those of tokens and heads in each tensor, then those of tokens in cos and in sin, as the kernels take them."""
+    *tensors, cos, sin = list(zip(*found, strict=True))[1:]
+    return tuple(stride for of in (*tensors, cos[:2], sin[:2]) for stride in of)
+
+
+def flat(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """x as rows [N, D], with a row of cos and sin for each."""
+    N = x.shape[:-1].numel()
+    cos, sin = (t.expand(*x.shape[:-1], t.shape[-1]).reshape(N, t.shape[-1]) for t in (cos, sin))
+    return x.reshape(N, x.shape[-1]), (cos, sin)
+
+
+def _merged(axes: Iterable[Axis]) -> list[Axis]:
     """The axes, each merged into the one outside it where every stride allows that."""
     merged: list[Axis] = []
     for size, *strides in axes:
