@@ -15,6 +15,9 @@ from .ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from .ops.layer_norm import LayerNorm as LayerNorm
 from .ops.layer_norm import add_layer_norm as add_layer_norm
 from .ops.layer_norm import layer_norm as layer_norm
+from .ops.layer_norm_2d import LAYER_NORM_2D
+from .ops.layer_norm_2d import LayerNorm2d as LayerNorm2d
+from .ops.layer_norm_2d import layer_norm_2d as layer_norm_2d
 from .ops.rms_norm import ADD_RMS_NORM, RMS_NORM
 from .ops.rms_norm import RMSNorm as RMSNorm
 from .ops.rms_norm import add_rms_norm as add_rms_norm
@@ -25,4 +28,15 @@ from .ops.softmax import SOFTMAX
 from .ops.softmax import Softmax as Softmax
 from .ops.softmax import softmax as softmax
 
-OPS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU_OP, PACKED_GLU, ROPE, SOFTMAX, CROSS_ENTROPY)
+OPS = (
+    RMS_NORM,
+    ADD_RMS_NORM,
+    LAYER_NORM,
+    ADD_LAYER_NORM,
+    LAYER_NORM_2D,
+    GLU_OP,
+    PACKED_GLU,
+    ROPE,
+    SOFTMAX,
+    CROSS_ENTROPY,
+)
