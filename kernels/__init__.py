@@ -11,6 +11,10 @@ from .ops.glu import GLU as GLU
 from .ops.glu import GLU_OP, PACKED_GLU
 from .ops.glu import glu as glu
 from .ops.glu import packed_glu as packed_glu
+from .ops.group_norm import GROUP_NORM
+from .ops.group_norm import GroupNorm as GroupNorm
+from .ops.group_norm import GroupNormAct as GroupNormAct
+from .ops.group_norm import group_norm as group_norm
 from .ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from .ops.layer_norm import LayerNorm as LayerNorm
 from .ops.layer_norm import add_layer_norm as add_layer_norm
@@ -34,6 +38,7 @@ OPS = (
     LAYER_NORM,
     ADD_LAYER_NORM,
     LAYER_NORM_2D,
+    GROUP_NORM,
     GLU_OP,
     PACKED_GLU,
     ROPE,

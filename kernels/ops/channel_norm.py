@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..op import Draw
+
+#: What may follow a normalization.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 def check(name: str, x: Tensor, **per_channel: Tensor | None) -> None:
@@ -21,6 +32,22 @@ def check(name: str, x: Tensor, **per_channel: Tensor | None) -> None:
                 f"{name}: {label} must have an element for each channel of x, ({x.shape[1]},), "
                 f"got {tuple(parameter.shape)}; build the module with the model's number of channels"
             )
+
+
+def activation_name(name: str, activation: str | None) -> str:
+    """The key of an activation in :data:`ACTIVATIONS`; raise if there is none."""
+    if activation is not None and activation not in ("relu", "silu"):
+        raise ValueError(f"{name}: activation must be None, 'relu' or 'silu', got {activation!r}; apply others after it")
+    return activation or "none"
+
+
+def pulled_back(dy: Tensor, z: Tensor, activation: str) -> Tensor:
+    """``dy · act'(z)`` in the dtype of z."""
+    dy = dy.to(z.dtype)
+    if activation == "silu":
+        s = torch.sigmoid(z)
+        return dy * (s * (1.0 + z * (1.0 - s)))
+    return dy.masked_fill(z <= 0.0, 0.0) if activation == "relu" else dy
 
 
 def per_channel(parameter: Tensor, x: Tensor) -> Tensor:
