@@ -37,7 +37,9 @@ def check(name: str, x: Tensor, **per_channel: Tensor | None) -> None:
 def activation_name(name: str, activation: str | None) -> str:
     """The key of an activation in :data:`ACTIVATIONS`; raise if there is none."""
     if activation is not None and activation not in ("relu", "silu"):
-        raise ValueError(f"{name}: activation must be None, 'relu' or 'silu', got {activation!r}; apply others after it")
+        raise ValueError(
+            f"{name}: activation must be None, 'relu' or 'silu', got {activation!r}; apply others after it"
+        )
     return activation or "none"
 
 
@@ -58,6 +60,11 @@ def per_channel(parameter: Tensor, x: Tensor) -> Tensor:
 def channels_last(x: Tensor) -> bool:
     """Whether the channels of a pixel lie side by side in memory, as in ``torch.channels_last``."""
     return x.stride(1) == 1 and x.dim() > 2
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, copied only if its elements lie apart: compiled, a sum along them is added up one by one."""
+    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
 def draw_images(draw: Draw, N: int, C: int, *size: int, channels_last: bool) -> Tensor:

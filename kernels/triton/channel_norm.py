@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .glu import _activation
-from .launch import column_sum, contiguous, launch, multiprocessors
+from .launch import contiguous, launch, multiprocessors
 
 TILE = 4096
 LINE = 64
@@ -67,10 +67,9 @@ def _tile(tile, b, c, R, C, S, LAST: tl.constexpr, BLOCK_S: tl.constexpr):
     start = (tile % blocks) * BLOCK_S
     s = start + tl.arange(0, BLOCK_S)
     image = (tl.cast(b, tl.int64) * R + tile // blocks) * C * S
+    at = image + c.to(tl.int64)[:, None] * S + s[None, :]
     if LAST:
         at = image + s.to(tl.int64)[None, :] * C + c[:, None]
-    else:
-        at = image + c.to(tl.int64)[:, None] * S + s[None, :]
     return at, (c < C)[:, None] & (s < S)[None, :], tl.minimum(BLOCK_S, S - start).to(tl.float32)
 
 
@@ -90,8 +89,14 @@ def _parameters(weight, bias, mean, var, b, c, C, K, eps):
 
 
 @triton.jit
+def _place(b, c, C, K, length):
+    """Where a part's finding about channels is kept: those of a group side by side, in runs of ``length``."""
+    return (b * (C // K) + c // K) * length + tl.program_id(1) * K + c % K
+
+
+@triton.jit
 def _moments(
-    x, partial, B, R, C, S, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
+    x, partial, plane, length, R, C, S, K, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
 ):  # fmt: skip
     b, c = _channels(C, BLOCK_C)
     count = 0.0
@@ -107,34 +112,35 @@ def _moments(
         squares += tl.sum(block * block, 1) + delta * delta * (count * size / (count + size))
         mu += delta * (size / (count + size))
         count += size
-    parts = tl.num_programs(1)
-    at = (b * parts + tl.program_id(1)) * C + c
+    at = _place(b, c, C, K, length)
     tl.store(partial + at, tl.full([BLOCK_C], count, tl.float32), c < C)
-    tl.store(partial + B * parts * C + at, mu, c < C)
-    tl.store(partial + 2 * B * parts * C + at, squares, c < C)
+    tl.store(partial + plane + at, mu, c < C)
+    tl.store(partial + 2 * plane + at, squares, c < C)
 
 
 @triton.jit
-def _merge_moments(partial, mean, var, B, parts, C, K, BLOCK: tl.constexpr):
-    groups = C // K
-    start = tl.program_id(0) // groups * parts * C + tl.program_id(0) % groups * K
+def _found(partial, j, found):
+    """Elements j of a run, zero from ``found`` on. Whole groups of 16 are read, for accesses of 128 bits."""
+    return tl.where(j < found, tl.load(partial + j, j // 16 < tl.cdiv(found, 16), other=0.0), 0.0)
+
+
+@triton.jit
+def _merge_moments(partial, mean, var, plane, length, found, BLOCK: tl.constexpr):
+    counts = partial + tl.cast(tl.program_id(0), tl.int64) * length
     count = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, parts * K, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        at = start + j // K * C + j % K
-        size = tl.load(partial + at, j < parts * K, other=0.0)
+    for start in range(0, found, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        size = _found(counts, j, found)
         count += size
-        total += size * tl.load(partial + B * parts * C + at, j < parts * K, other=0.0)
+        total += size * _found(counts + plane, j, found)
     elements = tl.sum(count, 0)
     mu = tl.sum(total, 0) / elements
     squares = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, parts * K, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        at = start + j // K * C + j % K
-        size = tl.load(partial + at, j < parts * K, other=0.0)
-        delta = tl.load(partial + B * parts * C + at, j < parts * K, other=0.0) - mu
-        squares += tl.load(partial + 2 * B * parts * C + at, j < parts * K, other=0.0) + size * delta * delta
+    for start in range(0, found, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        delta = _found(counts + plane, j, found) - mu
+        squares += _found(counts + 2 * plane, j, found) + _found(counts, j, found) * delta * delta
     tl.store(mean + tl.program_id(0), mu)
     tl.store(var + tl.program_id(0), tl.sum(squares, 0) / elements)
 
@@ -169,7 +175,7 @@ def _pulled_back(dy, x, residual, at, mask, mu, r, w, shift, ACTIVATION: tl.cons
 
 @triton.jit
 def _sums(
-    dy, x, residual, weight, bias, mean, var, partial, B, R, C, S, K, eps,
+    dy, x, residual, weight, bias, mean, var, partial, plane, length, R, C, S, K, eps,
     ACTIVATION: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     b, c = _channels(C, BLOCK_C)
@@ -181,27 +187,24 @@ def _sums(
         a, normed = _pulled_back(dy, x, residual, at, mask, mu, r, w, shift, ACTIVATION)
         sum_an += tl.where(mask, a * normed, 0.0)
         sum_a += a
-    parts = tl.num_programs(1)
-    at = (b * parts + tl.program_id(1)) * C + c
+    at = _place(b, c, C, K, length)
     tl.store(partial + at, tl.sum(sum_an, 1), c < C)
-    tl.store(partial + B * parts * C + at, tl.sum(sum_a, 1), c < C)
+    tl.store(partial + plane + at, tl.sum(sum_a, 1), c < C)
 
 
 @triton.jit
-def _merge_sums(partial, weight, mean_gn, mean_g, B, parts, C, K, elements, BLOCK: tl.constexpr):
-    groups = C // K
-    group = tl.program_id(0) % groups
-    start = tl.program_id(0) // groups * parts * C + group * K
+def _merge_sums(partial, weight, mean_gn, mean_g, plane, length, found, C, K, elements, BLOCK: tl.constexpr):
+    sums = partial + tl.cast(tl.program_id(0), tl.int64) * length
+    first = tl.program_id(0) % (C // K) * K
     sum_gn = tl.zeros([BLOCK], tl.float32)
     sum_g = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, parts * K, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        at = start + j // K * C + j % K
+    for start in range(0, found, BLOCK):
+        j = start + tl.arange(0, BLOCK)
         w = tl.full([BLOCK], 1.0, tl.float32)
         if weight is not None:
-            w = tl.load(weight + group * K + j % K, j < parts * K, other=0.0).to(tl.float32)
-        sum_gn += w * tl.load(partial + at, j < parts * K, other=0.0)
-        sum_g += w * tl.load(partial + B * parts * C + at, j < parts * K, other=0.0)
+            w = tl.load(weight + first + j % K, j < found, other=0.0).to(tl.float32)
+        sum_gn += w * _found(sums, j, found)
+        sum_g += w * _found(sums + plane, j, found)
     tl.store(mean_gn + tl.program_id(0), tl.sum(sum_gn, 0) / elements)
     tl.store(mean_g + tl.program_id(0), tl.sum(sum_g, 0) / elements)
 
@@ -239,9 +242,10 @@ def moments(x: Tensor, view: View) -> tuple[Tensor, Tensor]:
     B, R, C, S, K, last = view
     mean, var = (torch.empty(B, C // K, dtype=torch.float32, device=x.device) for _ in range(2))
     grid, meta = _programs(view, x.device)
-    partial = torch.empty(3, B, grid[1], C, dtype=torch.float32, device=x.device)
-    launch(_moments, grid, x, partial, B, R, C, S, LAST=last, **meta)
-    launch(_merge_moments, (B * (C // K),), partial, mean, var, B, grid[1], C, K, **_merging(grid[1] * K))
+    partial = _runs(3, view, grid[1], x.device)
+    where = (partial[0].numel(), partial.shape[-1])
+    launch(_moments, grid, x, partial, *where, R, C, S, K, LAST=last, **meta)
+    launch(_merge_moments, (mean.numel(),), partial, mean, var, *where, grid[1] * K, **_merging(grid[1] * K))
     return mean, var
 
 
@@ -255,32 +259,40 @@ def normalize(x, residual, weight, bias, mean, var, view: View, *, eps: float, a
     return y
 
 
-def sums(dy, x, residual, weight, bias, mean, var, view: View, *, eps: float, activation: str) -> Tensor:
-    """Σ a·n and Σ a of the channels, as parts of every sample find them: float32 [2, B, parts, C]."""
-    B, R, C, S, K, last = view
+class Sums(NamedTuple):
+    """Σ a·n and Σ a of the channels, as parts of every sample find them, in runs of so many."""
+
+    partial: Tensor
+    found: int
+
+
+def sums(dy, x, residual, weight, bias, mean, var, view: View, *, eps: float, activation: str) -> Sums:
+    """What the gradients of weight and bias, and those of the statistics, follow from."""
+    _, R, C, S, K, last = view
     grid, meta = _programs(view, x.device)
-    partial = torch.empty(2, B, grid[1], C, dtype=torch.float32, device=x.device)
+    partial = _runs(2, view, grid[1], x.device)
     pointers = (dy, x, residual, contiguous(weight), contiguous(bias), mean, var, partial)
-    launch(_sums, grid, *pointers, B, R, C, S, K, eps, ACTIVATION=activation, LAST=last, **meta)
-    return partial
+    where = (partial[0].numel(), partial.shape[-1])
+    launch(_sums, grid, *pointers, *where, R, C, S, K, eps, ACTIVATION=activation, LAST=last, **meta)
+    return Sums(partial, grid[1] * K)
 
 
-def group_means(partial: Tensor, weight, view: View, elements: int) -> Tensor:
+def group_means(sums: Sums, weight, view: View, elements: int) -> Tensor:
     """mean(g·n) and mean(g) of each sample's groups of so many elements: float32 [2, B, C / K]."""
-    B, _, C, _, K, _ = view
-    means = torch.empty(2, B, C // K, dtype=torch.float32, device=partial.device)
-    parts = partial.shape[2]
+    partial, found = sums
+    means = torch.empty(partial.shape[:-1], dtype=torch.float32, device=partial.device)
     pointers = (partial, contiguous(weight), means[0], means[1])
-    launch(_merge_sums, (B * (C // K),), *pointers, B, parts, C, K, elements, **_merging(parts * K))
+    where = (partial[0].numel(), partial.shape[-1], found)
+    launch(_merge_sums, (means[0].numel(),), *pointers, *where, view.C, view.K, elements, **_merging(found))
     return means
 
 
-def parameter_gradients(partial: Tensor, weight, bias, needs) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight and bias: the parts' sums, added up in a fixed order."""
-    dw, db = (
-        column_sum(rows.view(-1, rows.shape[-1]), parameter.dtype) if need else None
-        for rows, parameter, need in zip(partial, (weight, bias), needs, strict=True)
-    )
+def parameter_gradients(sums: Sums, weight, bias, view: View, needs) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and bias: the sums over samples and parts."""
+    if not any(needs):
+        return None, None
+    total = sums.partial[..., : sums.found].unflatten(-1, (-1, view.K)).sum((1, 3)).view(2, view.C)
+    dw, db = (t.to(p.dtype) if need else None for t, p, need in zip(total, (weight, bias), needs, strict=True))
     return dw, db
 
 
@@ -313,6 +325,14 @@ def _programs(view: View, device: torch.device) -> tuple[tuple[int, int], dict[s
     return (blocks, parts), {"BLOCK_C": BLOCK_C, "BLOCK_S": BLOCK_S, "num_warps": num_warps}
 
 
+def _runs(planes: int, view: View, parts: int, device: torch.device) -> Tensor:
+    """Room for what the parts find: a run for each group of each sample, of a multiple of 16 elements."""
+    return torch.empty(
+        planes, view.B, view.C // view.K, -(-parts * view.K // 16) * 16, dtype=torch.float32, device=device
+    )
+
+
 def _merging(found: int) -> dict[str, int]:
-    BLOCK = min(1024, triton.next_power_of_2(found))
-    return {"BLOCK": BLOCK, "num_warps": min(4, max(1, BLOCK // 128))}
+    """Four elements a thread."""
+    BLOCK = min(1024, max(128, triton.next_power_of_2(found)))
+    return {"BLOCK": BLOCK, "num_warps": BLOCK // 128 if BLOCK <= 512 else 4}

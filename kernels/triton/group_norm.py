@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import channel_norm
 from .channel_norm import View, activate
-from .launch import contiguous, launch, multiprocessors
+from .launch import column_sum, contiguous, launch, multiprocessors
 
 MAX_TILE = 16_384
 
@@ -99,17 +99,15 @@ def _backward(
 def forward(x, weight, bias, *, num_groups: int, eps: float, activation: str):
     """Return y, and what the backward pass needs."""
     view = _view(x, num_groups)
-    N, C, G = view.B, view.C, num_groups
     laid = channel_norm.laid_out(x, view.last)
-    if x.numel() == 0:
-        mean = var = torch.zeros(N, G, dtype=torch.float32, device=x.device)
-        return torch.empty_like(laid), (x, weight, bias, mean, var)
     if _fits(view):
+        N, _, C, S, K, _ = view
         y = torch.empty_like(laid)
-        mean, var = (torch.empty(N, G, dtype=torch.float32, device=x.device) for _ in range(2))
-        grid = (G, min(N, triton.cdiv(4 * multiprocessors(x.device), G)))
+        mean, var = (torch.empty(N, num_groups, dtype=torch.float32, device=x.device) for _ in range(2))
+        grid = (num_groups, min(N, triton.cdiv(4 * multiprocessors(x.device), num_groups)))
         pointers = (laid, contiguous(weight), contiguous(bias), y, mean, var)
-        launch(_forward, grid, *pointers, N, C, view.S, view.K, eps, ACTIVATION=activation, **_tile(view))
+        if x.numel():
+            launch(_forward, grid, *pointers, N, C, S, K, eps, ACTIVATION=activation, **_tile(view))
     else:
         mean, var = channel_norm.moments(laid, view)
         y = channel_norm.normalize(laid, None, weight, bias, mean, var, view, eps=eps, activation=activation)
@@ -120,40 +118,47 @@ def backward(grads, saved, needs, *, num_groups: int, eps: float, activation: st
     """Return the gradients of x, weight and bias."""
     x, weight, bias, mean, var = saved
     view = _view(x, num_groups)
-    N, C, G = view.B, view.C, num_groups
     dy, laid = (channel_norm.laid_out(t, view.last) for t in (grads[0], x))
     options = {"eps": eps, "activation": activation}
-    if x.numel() == 0:
-        dx, partial = torch.empty_like(laid), torch.zeros(2, 1, C, dtype=torch.float32, device=x.device)
-    elif _fits(view):
-        dx = torch.empty_like(laid) if needs[0] else None
-        grid = (G, min(N, triton.cdiv(2 * multiprocessors(x.device), G)))
-        partial = torch.empty(2, grid[1], C, dtype=torch.float32, device=x.device)
-        pointers = (dy, laid, contiguous(weight), contiguous(bias), mean, var, dx)
-        written = (part if need else None for part, need in zip(partial, needs[1:], strict=True))
-        launch(_backward, grid,
-            *pointers, *written, N, C, view.S, view.K, eps, ACTIVATION=activation, **_tile(view)
-        )  # fmt: skip
+    if _fits(view):
+        return _backward_of_whole_groups(dy, laid, weight, bias, mean, var, view, needs, **options)
+    found = channel_norm.sums(dy, laid, None, weight, bias, mean, var, view, **options)
+    means = channel_norm.group_means(found, weight, view, view.K * view.S)
+    dx, _ = channel_norm.gradient(dy, laid, None, weight, bias, mean, var, means, view, (needs[0], False), **options)
+    return dx, *channel_norm.parameter_gradients(found, weight, bias, view, needs[1:])
+
+
+def _backward_of_whole_groups(dy, x, weight, bias, mean, var, view: View, needs, *, eps: float, activation: str):
+    N, _, C, S, K, _ = view
+    dx = torch.empty_like(x) if needs[0] else None
+    grid = (C // K, min(N, triton.cdiv(2 * multiprocessors(x.device), C // K)))
+    partial = [torch.empty(grid[1], C, dtype=torch.float32, device=x.device) if need else None for need in needs[1:]]
+    pointers = (dy, x, contiguous(weight), contiguous(bias), mean, var, dx)
+    if x.numel():
+        launch(_backward, grid, *pointers, *partial, N, C, S, K, eps, ACTIVATION=activation, **_tile(view))
     else:
-        partial = channel_norm.sums(dy, laid, None, weight, bias, mean, var, view, **options)
-        means = channel_norm.group_means(partial, weight, view, view.K * view.S)
-        dx, _ = channel_norm.gradient(
-            dy, laid, None, weight, bias, mean, var, means, view, (needs[0], False), **options
-        )
-    return dx, *channel_norm.parameter_gradients(partial, weight, bias, needs[1:])
+        for unwritten in partial:
+            if unwritten is not None:
+                unwritten.zero_()
+    dw, db = (
+        None if sums is None else column_sum(sums, parameter.dtype)
+        for sums, parameter in zip(partial, (weight, bias), strict=True)
+    )
+    return dx, dw, db
 
 
 def _view(x: Tensor, num_groups: int) -> View:
     N, C = x.shape[:2]
-    last = x.stride(1) == 1 and not x.is_contiguous()
+    last = x.stride(1) == 1 and not x.is_contiguous() and x.numel() > 0
     return View(N, 1, C, x.shape[2:].numel(), C // num_groups, last)
 
 
 def _fits(view: View) -> bool:
-    return not view.last and triton.next_power_of_2(view.K) * triton.next_power_of_2(view.S) <= MAX_TILE
+    BLOCK_K, BLOCK_S, _ = _tile(view).values()
+    return not view.last and BLOCK_K * BLOCK_S <= MAX_TILE
 
 
 def _tile(view: View) -> dict[str, int]:
     """A whole group."""
-    BLOCK_K, BLOCK_S = triton.next_power_of_2(view.K), triton.next_power_of_2(view.S)
+    BLOCK_K, BLOCK_S = (triton.next_power_of_2(max(1, size)) for size in (view.K, view.S))
     return {"BLOCK_K": BLOCK_K, "BLOCK_S": BLOCK_S, "num_warps": min(32, max(1, BLOCK_K * BLOCK_S // 512))}
