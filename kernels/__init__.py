@@ -4,6 +4,9 @@ from .dispatch import use_backend as use_backend
 from .fuse import FusionReport as FusionReport
 from .fuse import fuse as fuse
 from .fuse import unfuse as unfuse
+from .ops.batch_norm import BATCH_NORM_ACT
+from .ops.batch_norm import BatchNormAct2d as BatchNormAct2d
+from .ops.batch_norm import batch_norm_act as batch_norm_act
 from .ops.cross_entropy import CROSS_ENTROPY
 from .ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from .ops.cross_entropy import cross_entropy as cross_entropy
@@ -39,6 +42,7 @@ OPS = (
     ADD_LAYER_NORM,
     LAYER_NORM_2D,
     GROUP_NORM,
+    BATCH_NORM_ACT,
     GLU_OP,
     PACKED_GLU,
     ROPE,

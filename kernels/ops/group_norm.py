@@ -246,8 +246,8 @@ GROUP_NORM = Op(
     errors=_errors,
     variants={
         "default": {"activation": "silu"},
-        "no activation": {},
-        "no affine": {"affine": False, "activation": "relu"},
+        "relu": {"activation": "relu"},
+        "no affine": {"affine": False},
         "one group": {"groups": 1, "activation": "silu"},
         "channels last": {"channels_last": True, "activation": "silu"},
     },

@@ -333,6 +333,6 @@ def _runs(planes: int, view: View, parts: int, device: torch.device) -> Tensor:
 
 
 def _merging(found: int) -> dict[str, int]:
-    """Four elements a thread."""
-    BLOCK = min(1024, max(128, triton.next_power_of_2(found)))
-    return {"BLOCK": BLOCK, "num_warps": BLOCK // 128 if BLOCK <= 512 else 4}
+    """Accesses of four elements by each thread of a warp, of 64 threads too."""
+    BLOCK = min(1024, max(256, triton.next_power_of_2(found)))
+    return {"BLOCK": BLOCK, "num_warps": BLOCK // 256}
