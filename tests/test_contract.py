@@ -64,17 +64,35 @@ MUTANTS = {
     "the gradient of the new residual forgotten": Mutant(
         "add_rms_norm", "norm", "dh_out = grads[1].contiguous() if len(grads) == 2 else None", "dh_out = None"
     ),
+    "the gradient of a pixel's mean forgotten": Mutant(
+        "layer_norm_2d", "layer_norm_2d", " - (tl.sum(g, 1) / C)[:, None]", ""
+    ),
+    "missing mask on the deviations of a group": Mutant(
+        "group_norm", "group_norm", "block = tl.where(mask, block - mu, 0.0)", "block = block - mu"
+    ),
+    "the statistics of the batch taken for constants": Mutant(
+        "batch_norm_act",
+        "batch_norm",
+        "means = channel_norm.group_means(found, weight, view, view.R * view.S)",
+        "means = None",
+    ),
 }
 
 #: A ragged block, more rows than one round of the persistent loop holds, and a row longer than one program does.
-DIMS = ({"N": 5, "D": 33}, {"N": 129, "D": 129}, {"N": 2, "D": 16_385})
+ROWS = ({"N": 5, "D": 33}, {"N": 129, "D": 129}, {"N": 2, "D": 16_385})
+#: The same of operators on images.
+IMAGES = {
+    "layer_norm_2d": ({"N": 3, "C": 33, "H": 3, "W": 33}, {"N": 1, "C": 1025, "H": 1, "W": 7}),
+    "group_norm": ({"N": 3, "G": 3, "K": 5, "S": 33}, {"N": 1, "G": 1, "K": 5, "S": 2500}),
+    "batch_norm_act": ({"N": 5, "C": 3, "S": 33}, {"N": 1, "C": 1, "S": 4097}),
+}
 
 
 def _cases(op: str) -> list[Case]:
     (found,) = [o for o in OPS if o.name == op]
     return [
         Case(found, dims, torch.float32, layout=layout, cotangent_layout=layout, regime=regime)
-        for dims in DIMS
+        for dims in IMAGES.get(op, ROWS)
         for layout in ("contiguous", "strided", "expanded")
         for regime in ("ordinary", "tiny")
     ]

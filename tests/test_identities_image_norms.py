@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from braze.kernels import GroupNorm, GroupNormAct, LayerNorm2d, group_norm, layer_norm_2d, use_backend
+from braze.kernels import (
+    BatchNormAct2d,
+    GroupNorm,
+    GroupNormAct,
+    LayerNorm2d,
+    group_norm,
+    layer_norm_2d,
+    use_backend,
+)
 
 BACKENDS = ["eager", "triton"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -83,6 +91,30 @@ def test_norms_ignore_a_scale_of_their_input(backend: str, device: str) -> None:
         assert torch.equal(layer_norm_2d(x, eps=0.0), layer_norm_2d(8 * x, eps=0.0))
 
 
+@each_backend
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "average"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+def test_batch_norm_is_that_of_torch_over_training_and_evaluation(
+    backend: str, momentum, memory_format, device: str
+) -> None:
+    ours = BatchNormAct2d(12, momentum=momentum, act="relu").to(device)
+    theirs = torch.nn.BatchNorm2d(12, momentum=momentum).to(device)
+    x = draw((4, 12, 5, 7), memory_format, device)
+    residual = draw((4, 12, 5, 7), memory_format, device).detach().roll(1)
+    for training in (True, True, False):
+        ours.train(training), theirs.train(training)
+        with use_backend(backend):
+            y = ours(x, residual)
+            got = torch.autograd.grad(y.square().mean().sqrt(), (x, *ours.parameters()))
+        wanted = F.relu(theirs(x) + residual)
+        torch.testing.assert_close(y, wanted)
+        expected = torch.autograd.grad(wanted.square().mean().sqrt(), (x, *theirs.parameters()))
+        for gradient, its in zip(got, expected, strict=True):
+            torch.testing.assert_close(gradient, its)
+        for name, tracked in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], tracked)
+
+
 def test_modules_load_what_torch_and_timm_saved(device: str) -> None:
     timm = pytest.importorskip("timm.layers", reason="timm is not installed: its modules have nothing to load")
     pairs = [
@@ -90,6 +122,8 @@ def test_modules_load_what_torch_and_timm_saved(device: str) -> None:
         (GroupNormAct(12, 3), timm.GroupNormAct(12, 3), None),
         (GroupNormAct(12, 3, act="silu"), torch.nn.GroupNorm(3, 12), F.silu),
         (LayerNorm2d(12), timm.LayerNorm2d(12), None),
+        (BatchNormAct2d(12, act="relu"), timm.BatchNormAct2d(12), None),
+        (BatchNormAct2d(12, act="silu"), torch.nn.BatchNorm2d(12), F.silu),
     ]
     x = draw((2, 12, 5, 7), torch.contiguous_format, device).detach()
     for ours, theirs, act in pairs:
