@@ -4,6 +4,9 @@ from .dispatch import use_backend as use_backend
 from .fuse import FusionReport as FusionReport
 from .fuse import fuse as fuse
 from .fuse import unfuse as unfuse
+from .ops.batch_norm import BATCH_NORM_ACT
+from .ops.batch_norm import BatchNormAct2d as BatchNormAct2d
+from .ops.batch_norm import batch_norm_act as batch_norm_act
 from .ops.cross_entropy import CROSS_ENTROPY
 from .ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from .ops.cross_entropy import cross_entropy as cross_entropy
@@ -14,6 +17,10 @@ from .ops.glu import GLU as GLU
 from .ops.glu import GLU_OP, PACKED_GLU
 from .ops.glu import glu as glu
 from .ops.glu import packed_glu as packed_glu
+from .ops.group_norm import GROUP_NORM
+from .ops.group_norm import GroupNorm as GroupNorm
+from .ops.group_norm import GroupNormAct as GroupNormAct
+from .ops.group_norm import group_norm as group_norm
 from .ops.image_normalize import IMAGE_NORMALIZE
 from .ops.image_normalize import ImageNormalize as ImageNormalize
 from .ops.image_normalize import image_normalize as image_normalize
@@ -21,6 +28,9 @@ from .ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from .ops.layer_norm import LayerNorm as LayerNorm
 from .ops.layer_norm import add_layer_norm as add_layer_norm
 from .ops.layer_norm import layer_norm as layer_norm
+from .ops.layer_norm_2d import LAYER_NORM_2D
+from .ops.layer_norm_2d import LayerNorm2d as LayerNorm2d
+from .ops.layer_norm_2d import layer_norm_2d as layer_norm_2d
 from .ops.log_softmax import LOG_SOFTMAX
 from .ops.log_softmax import LogSoftmax as LogSoftmax
 from .ops.log_softmax import log_softmax as log_softmax
@@ -49,11 +59,14 @@ from .ops.softmax import softmax as softmax
 OPS = (
     ADD_LAYER_NORM,
     ADD_RMS_NORM,
+    BATCH_NORM_ACT,
     CROSS_ENTROPY,
     DROPOUT,
     GLU_OP,
+    GROUP_NORM,
     IMAGE_NORMALIZE,
     LAYER_NORM,
+    LAYER_NORM_2D,
     LOG_SOFTMAX,
     PACKED_GLU,
     QK_NORM_ROPE,

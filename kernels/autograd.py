@@ -26,13 +26,16 @@ def fused(
     second: Callable[..., Gradients],
     tensors: Sequence[Tensor | None],
     options: dict[str, Any],
+    *,
+    statistics: int = 0,
 ) -> Any:
     """Run ``forward`` on ``tensors``, recorded for autograd only if one of them needs it (the record costs 1-2 us).
 
-    A ``forward`` that returns one of its tensors has changed that one in place.
+    A ``forward`` that returns one of its tensors has changed that one in place. No gradient flows to the last outputs,
+    as many as there are ``statistics``; ``grads`` has none for them.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Fused.apply(forward, backward, second, options, *tensors)
+        return _Fused.apply(forward, backward, second, options, statistics, *tensors)
     outputs = forward(*tensors, **options)[0]
     if any(outputs is t for t in tensors):
         torch.autograd.graph.increment_version(outputs)
@@ -41,22 +44,27 @@ def fused(
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, forward, backward, second, options, *tensors):
+    def forward(ctx, forward, backward, second, options, statistics, *tensors):
         outputs, saved = forward(*tensors, **options)
         ctx.mark_dirty(*(t for t in tensors if t is outputs))
+        ctx.statistics = statistics
+        if statistics:
+            ctx.mark_non_differentiable(*outputs[-statistics:])
+            ctx.set_materialize_grads(False)  # or each of them would get a gradient of zeros
         ctx.save_for_backward(*saved)
         ctx.backward, ctx.second, ctx.options = backward, second, options
         return outputs
 
     @staticmethod
     def backward(ctx, *grads):
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[5:]
+        grads = grads[: len(grads) - ctx.statistics]
         # Batched cotangents (is_grads_batched) and lazily negated ones are more than the memory that a kernel reads.
         batched = any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
         run = ctx.second if torch.is_grad_enabled() or batched else ctx.backward
         with torch.set_grad_enabled(torch.is_grad_enabled() or batched):
             gradients = run([g.resolve_neg() for g in grads], ctx.saved_tensors, needs, **ctx.options)
-        return None, None, None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True))
+        return None, None, None, None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
 def vjp(reference: Callable[..., Any]) -> Callable[..., Gradients]:

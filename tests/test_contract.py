@@ -94,6 +94,18 @@ MUTANTS = {
     "values not passed through": Mutant(
         "rope_qkv", "rope", "_turn(v, v_copied, cos[..., :0], sin[..., :0], interleaved)", "None"
     ),
+    "the gradient of a pixel's mean forgotten": Mutant(
+        "layer_norm_2d", "layer_norm_2d", " - (tl.sum(g, 1) / C)[:, None]", ""
+    ),
+    "missing mask on the deviations of a group": Mutant(
+        "group_norm", "group_norm", "block = tl.where(mask, block - mu, 0.0)", "block = block - mu"
+    ),
+    "the statistics of the batch taken for constants": Mutant(
+        "batch_norm_act",
+        "batch_norm",
+        "means = channel_norm.group_means(found, weight, view, view.R * view.S)",
+        "means = None",
+    ),
 }
 
 #: A ragged block, more rows than one round of the persistent loop holds, and a row longer than one program does; more
@@ -107,6 +119,12 @@ DIMS = (
     {"B": 1, "Q": 2, "K": 16_385},
     {"N": 3, "C": 3, "H": 9, "W": 80},
     {"N": 3, "C": 5, "H": 2, "W": 17},
+    {"N": 3, "C": 33, "H": 3, "W": 33},
+    {"N": 1, "C": 1025, "H": 1, "W": 7},
+    {"N": 3, "G": 3, "K": 5, "S": 33},
+    {"N": 1, "G": 1, "K": 5, "S": 2500},
+    {"N": 5, "C": 3, "S": 33},
+    {"N": 1, "C": 1, "S": 4097},
 )
 
 

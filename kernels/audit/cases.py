@@ -57,15 +57,20 @@ def cases(sizes: Callable[[Op], Sequence[Dims]], quick: bool) -> Iterator[Case]:
 
 
 def passes(case: Case, draw: Draw) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The passes of a call, to be run in this order; a backward pass sees contiguous cotangents."""
+    """The passes of a call, to be run in this order; a backward pass sees cotangents in the outputs' memory format."""
     args, kwargs = case.op.inputs(draw, **case.dims, **case.op.variants[case.variant])
     outputs: list[Tensor] = []
     yield "forward", lambda: outputs.extend(t for t in tree_leaves(case.op.fn(*args, **kwargs)) if t.requires_grad)
     if not case.op.differentiable:
         return
     wanted = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
-    cotangents = [torch.ones_like(t, memory_format=torch.contiguous_format) for t in outputs]
+    cotangents = [torch.ones_like(t, memory_format=_memory_format(t)) for t in outputs]
     yield "backward", lambda: torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
+
+
+def _memory_format(t: Tensor) -> torch.memory_format:
+    images = t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if images else torch.contiguous_format
 
 
 class Shapes(Draw):

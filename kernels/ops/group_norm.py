@@ -1,0 +1,258 @@
+"""Group normalization, alone and fused with the activation behind it.
+
+    z = (x − mean(x)) / √(var(x) + ε) · weight_c + bias_c        over each group of C / G channels, var with divisor n
+    y = act(z)                                                   act ∈ {identity, relu, silu}
+
+Source: Wu and He, Group Normalization (2018); ``torch.nn.functional.group_norm``. GroupNorm then SiLU is every block of
+a diffusion U-Net (Ho et al., Denoising Diffusion Probabilistic Models, 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch
+from ..autograd import Gradients, fused, vjp
+from ..compiled import compiled_call
+from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
+from .channel_norm import ACTIVATIONS, activation_name, check, dense, draw_images, per_channel, pulled_back
+
+
+def reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, num_groups: int, eps: float, activation: str
+) -> Tensor:
+    """Group normalization in plain PyTorch: float32 (or wider) inside, the result in the dtype of ``x``."""
+    n, _ = _normed(x, num_groups, eps)
+    return ACTIVATIONS[activation](_affine(n.flatten(1, 2), weight, bias)).to(x.dtype)
+
+
+def _normed(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """[N, G, C / G, *]: x without the means of its groups and with variance 1, and 1/√(var + ε)."""
+    n = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (num_groups, x.shape[1] // num_groups))
+    n = n - _mean(n)
+    rstd = torch.rsqrt(_mean(n.square()) + eps)
+    return n * rstd, rstd
+
+
+def _mean(n: Tensor) -> Tensor:
+    """Over all dims but the first two: within a channel, then of the channels, which halves a sum's rounding error."""
+    within = tuple(range(3, n.dim()))
+    return (n.mean(within, keepdim=True) if within else n).mean(2, keepdim=True)
+
+
+def _affine(n: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        n = n * per_channel(weight, n)
+    if bias is not None:
+        n = n + per_channel(bias, n)
+    return n
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str | None = None,
+) -> Tensor:
+    """Group normalization, and the activation behind it: ``act((x − mean(x)) / √(var(x) + eps) · weight + bias)``.
+
+    Computed in float32 and rounded once. The backward pass keeps x and the groups' statistics, and recomputes what the
+    activation saw. Images in ``torch.channels_last`` are read where they lie.
+
+    Args:
+        x: floating-point tensor [N, C, *].
+        num_groups: G, a divisor of C: statistics are those of C / G adjacent channels of a sample.
+        weight: [C], or None for no scale. Its dtype may differ from x's.
+        bias: [C], or None for no shift.
+        eps: added to the variance.
+        activation: None, ``"relu"`` or ``"silu"``.
+
+    Returns:
+        [N, C, *] in x's dtype and memory format.
+
+    Raises:
+        TypeError: if x is not floating point.
+        ValueError: if x has fewer than two dims, num_groups does not divide C, weight or bias is not [C], or there is
+            no such activation.
+    """
+    check("group_norm", x, weight=weight, bias=bias)
+    if num_groups < 1 or x.shape[1] % num_groups:
+        raise ValueError(
+            f"group_norm: num_groups must divide the {x.shape[1]} channels of x, got {num_groups}; "
+            "channels are dim 1: x is [N, C, ...]"
+        )
+    act = activation_name("group_norm", activation)
+    return dispatch.run(GROUP_NORM, x, weight, bias, num_groups=int(num_groups), eps=float(eps), activation=act)
+
+
+class GroupNorm(torch.nn.GroupNorm):
+    """Drop-in for ``torch.nn.GroupNorm``: same arguments, same ``state_dict``; runs :func:`group_norm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, *] → the same shape, dtype and memory format."""
+        return group_norm(input, self.num_groups, self.weight, self.bias, eps=self.eps)
+
+
+class GroupNormAct(torch.nn.GroupNorm):
+    """``torch.nn.GroupNorm`` and the activation behind it, with the ``state_dict`` of the norm alone.
+
+    Loads what ``torch.nn.GroupNorm`` or timm's ``GroupNormAct`` saved, and the other way round.
+
+    Args:
+        num_channels: C. It comes first, as in timm.
+        num_groups: G, a divisor of C.
+        eps: added to the variance.
+        affine: learn a scale and a shift for each channel.
+        act: None, ``"relu"`` or ``"silu"``.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        affine: bool = True,
+        act: str | None = "relu",
+        **factory: Any,
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps=eps, affine=affine, **factory)
+        activation_name("GroupNormAct", act)
+        self.act = act
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, *] → the same shape, dtype and memory format."""
+        return group_norm(input, self.num_groups, self.weight, self.bias, eps=self.eps, activation=self.act)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"{super().extra_repr()}, act={self.act!r}"
+
+
+def _triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Tensor:
+    from ..triton import group_norm as kernels
+
+    return fused(kernels.forward, kernels.backward, vjp(reference), (x, weight, bias), options)
+
+
+def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Tensor:
+    return fused(_compiled_forward, _compiled_backward, vjp(reference), (x, weight, bias), options)
+
+
+def _compiled_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
+    return compiled_call(reference, (dense(x), weight, bias), options), (x, weight, bias)
+
+
+def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
+    dy, x, *affine = (*grads, *saved)
+    return compiled_call(_gradients, (dense(dy), dense(x), *affine), {"needs": tuple(needs), **options})
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    needs: tuple[bool, bool, bool],
+    num_groups: int,
+    eps: float,
+    activation: str,
+) -> Gradients:
+    """The gradients in closed form: all of them follow from two sums over each channel of a sample."""
+    grouped, rstd = _normed(x, num_groups, eps)
+    n = grouped.flatten(1, 2)
+    a = pulled_back(dy, _affine(n, weight, bias), activation)
+    sum_an, sum_a = (t.reshape(*t.shape[:2], -1).sum(-1) for t in (a * n, a))
+    dweight = sum_an.sum(0).to(weight.dtype) if weight is not None and needs[1] else None
+    dbias = sum_a.sum(0).to(bias.dtype) if bias is not None and needs[2] else None
+    if not needs[0]:
+        return None, dweight, dbias
+    if weight is not None:
+        a, sum_an, sum_a = (t * per_channel(weight, t) for t in (a, sum_an, sum_a))
+    elements = grouped[:1, :1].numel()
+    mean_gn, mean_g = (t.unflatten(1, (num_groups, -1)).sum(-1).view(rstd.shape) / elements for t in (sum_an, sum_a))
+    dx = (a.unflatten(1, grouped.shape[1:3]) - grouped * mean_gn - mean_g) * rstd
+    return dx.flatten(1, 2).to(x.dtype), dweight, dbias
+
+
+def _aten(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str | None = None,
+) -> Tensor:
+    return ACTIVATIONS[activation or "none"](F.group_norm(x, num_groups, weight, bias, eps))
+
+
+def _inputs(
+    draw: Draw, *, N: int, G: int, K: int, S: int, groups: int | None = None, affine: bool = True,
+    channels_last: bool = False, **options: Any,
+) -> Call:  # fmt: skip
+    # A tensor needs four dims for torch to call its format channels_last.
+    x = draw_images(draw, N, G * K, *((S, 1) if channels_last else (S,)), channels_last=channels_last)
+    weight, bias = (draw.weight(G * K) if affine else None for _ in range(2))
+    return Call((x, groups or G, weight, bias), {"eps": 1e-5, **options})
+
+
+def _errors() -> Iterator[ErrorInput]:
+    x = torch.zeros(2, 8, 3)
+    yield ErrorInput(Call((x.long(), 2)), TypeError, r"x must be a floating-point.*int64")
+    yield ErrorInput(Call((torch.zeros(8), 2)), ValueError, r"at least two dims.*\(8,\)")
+    yield ErrorInput(Call((x, 3)), ValueError, r"num_groups must divide the 8 channels of x, got 3")
+    yield ErrorInput(Call((x, 0)), ValueError, r"num_groups must divide the 8 channels of x, got 0")
+    yield ErrorInput(Call((x, 2, torch.ones(3))), ValueError, r"weight must have .* \(8,\), got \(3,\)")
+    yield ErrorInput(Call((x, 2, None, torch.ones(8, 1))), ValueError, r"bias must have .* \(8,\), got \(8, 1\)")
+    yield ErrorInput(Call((x, 2), {"activation": "gelu"}), ValueError, r"None, 'relu' or 'silu', got 'gelu'")
+
+
+def _traffic(
+    itemsize: int, *, N: int, G: int, K: int, S: int, groups: int | None = None, affine: bool = True, **_: Any
+) -> Traffic:
+    """x, y forward; dy, x, dx backward; the groups' statistics and the parameters once."""
+    images, statistics, parameters = N * G * K * S * itemsize, 8 * N * (groups or G), 2 * affine * G * K * itemsize
+    return Traffic(forward=2 * images + statistics + parameters, backward=3 * images + statistics + 2 * parameters)
+
+
+_TWICE = {
+    "forward": Excess(1.53, "the group does not fit into a program: x is read for its statistics, then again"),
+    "backward": Excess(1.71, "the group does not fit into a program: x and dy are read for its sums, then again"),
+}
+
+GROUP_NORM = Op(
+    name="group_norm",
+    replaces="`F.group_norm`, then `F.silu` or `F.relu`",
+    fn=group_norm,
+    reference=reference,
+    impls={"triton": _triton, "compile": _compiled},
+    inputs=_inputs,
+    dims={"N": (0, 1, 2, 3), "G": (1, 3), "K": (1, 2, 5, 33), "S": (0, 1, 7, 33, 129, 1025, 2500, 16_385)},
+    # Stable Diffusion's U-Net: its first and third stages.
+    bench=({"N": 2, "G": 32, "K": 10, "S": 4096}, {"N": 2, "G": 32, "K": 40, "S": 256}),
+    audit=({"N": 4, "G": 32, "K": 8, "S": 1024}, {"N": 2, "G": 32, "K": 10, "S": 4096}),
+    traffic=_traffic,
+    excess={(variant, which): why for variant in ("one group", "channels last") for which, why in _TWICE.items()},
+    flops=lambda N, G, K, S: 11 * N * G * K * S,
+    aten=_aten,
+    axes="n C *, C, C -> n C *",
+    errors=_errors,
+    variants={
+        "default": {"activation": "silu"},
+        "relu": {"activation": "relu"},
+        "no affine": {"affine": False},
+        "one group": {"groups": 1, "activation": "silu"},
+        "channels last": {"channels_last": True, "activation": "silu"},
+    },
+    module=GroupNorm,
+    autocast_to_float32=frozenset({"cuda"}),
+)
