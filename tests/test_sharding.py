@@ -92,8 +92,8 @@ def outcomes() -> Iterator[dict[tuple[int, str], str]]:
 @pytest.mark.parametrize("variant", [f"{op} {variant}" for op in OPS if not op.random for variant in op.variants])
 def test_halves_agree_with_the_whole(outcomes: dict[tuple[int, str], str], variant: str) -> None:
     found = {outcomes[rank, variant] for rank in range(PROCESSES)}
-    if found == {"a view"}:
-        pytest.skip("what is dispatched is a view of the argument: its dims are not the ones to shard")
+    if found == {"not as passed"}:
+        pytest.skip("views of the arguments are dispatched, or not all: their dims do not say how these may be sharded")
     assert found == {"agreed"}
 
 
