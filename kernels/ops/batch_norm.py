@@ -112,16 +112,15 @@ def batch_norm_act(
                 "batch_norm_act: evaluation needs running_mean and running_var, got None; pass training=True to "
                 "normalize with the batch's own"
             )
-        tensors = (x, weight, bias, residual, running_mean, running_var)
-        return dispatch.run(BATCH_NORM_ACT, *tensors, training=False, **options)
+        statistics = (running_mean, running_var)
+        return dispatch.run(BATCH_NORM_ACT, x, weight, bias, residual, *statistics, training=False, **options)
     elements = x[:, :1].numel()
     if elements == 1:
         raise ValueError(
             f"batch_norm_act: training needs more than one element of each channel, got {tuple(x.shape)}; "
             "use a larger batch, or training=False"
         )
-    tensors = (x, weight, bias, residual, None, None)
-    y, mean, var = dispatch.run(BATCH_NORM_ACT, *tensors, training=True, **options)
+    y, mean, var = dispatch.run(BATCH_NORM_ACT, x, weight, bias, residual, None, None, training=True, **options)
     if elements:
         _move(running_mean, mean, momentum)
         _move(running_var, var * (elements / (elements - 1)), momentum)
@@ -189,8 +188,8 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         return f"{super().extra_repr()}, act={self.act!r}"
 
 
-def _y(*tensors: Tensor | None, **options: Any) -> Tensor:
-    found = reference(*tensors, **options)
+def _y(x: Tensor, *others: Tensor | None, **options: Any) -> Tensor:
+    found = reference(x, *others, **options)
     return found[0] if options["training"] else found
 
 

@@ -151,8 +151,8 @@ def _compiled_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, **o
 
 
 def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
-    dy, x, *affine = (*grads, *saved)
-    return compiled_call(_gradients, (dense(dy), dense(x), *affine), {"needs": tuple(needs), **options})
+    x, *affine = saved
+    return compiled_call(_gradients, (dense(grads[0]), dense(x), *affine), {"needs": tuple(needs), **options})
 
 
 def _gradients(

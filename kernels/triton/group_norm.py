@@ -154,8 +154,9 @@ def _view(x: Tensor, num_groups: int) -> View:
 
 
 def _fits(view: View) -> bool:
+    """Whether a program holds a group; trivially so where there is none."""
     BLOCK_K, BLOCK_S, _ = _tile(view).values()
-    return not view.last and BLOCK_K * BLOCK_S <= MAX_TILE
+    return view.B == 0 or (not view.last and BLOCK_K * BLOCK_S <= MAX_TILE)
 
 
 def _tile(view: View) -> dict[str, int]:
