@@ -59,5 +59,5 @@ def _view(x: Tensor) -> View:
     return View(1, 1 if last else N, C, N * S if last else S, 1, last)
 
 
-def _laid_out(view: View, *tensors: Tensor | None) -> list[Tensor | None]:
+def _laid_out(view: View, *tensors: Tensor | None) -> list[Any]:
     return [t if t is None else channel_norm.laid_out(t, view.last) for t in tensors]
