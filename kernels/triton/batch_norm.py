@@ -10,6 +10,8 @@ x and the residual twice backward; evaluation reads all of them once. The kernel
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def backward(grads, saved, needs, *, training: bool, eps: float, activation: str
     view = _view(x)
     dy, laid, added = _laid_out(view, grads[0], x, residual)
     tensors = (dy, laid, added, weight, bias, mean, var)
-    options = {"eps": eps, "activation": activation}
+    options: dict[str, Any] = {"eps": eps, "activation": activation}
     dweight = dbias = means = None
     if training or needs[1] or needs[2]:
         found = channel_norm.sums(*tensors, view, **options)
@@ -57,5 +59,5 @@ def _view(x: Tensor) -> View:
     return View(1, 1 if last else N, C, N * S if last else S, 1, last)
 
 
-def _laid_out(view: View, *tensors: Tensor | None) -> list[Tensor | None]:
+def _laid_out(view: View, *tensors: Tensor | None) -> list[Any]:
     return [t if t is None else channel_norm.laid_out(t, view.last) for t in tensors]

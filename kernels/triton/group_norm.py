@@ -17,6 +17,8 @@ groups with channels last, whose runs of K elements are shorter than a sector of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -119,7 +121,7 @@ def backward(grads, saved, needs, *, num_groups: int, eps: float, activation: st
     x, weight, bias, mean, var = saved
     view = _view(x, num_groups)
     dy, laid = (channel_norm.laid_out(t, view.last) for t in (grads[0], x))
-    options = {"eps": eps, "activation": activation}
+    options: dict[str, Any] = {"eps": eps, "activation": activation}
     if _fits(view):
         return _backward_of_whole_groups(dy, laid, weight, bias, mean, var, view, needs, **options)
     found = channel_norm.sums(dy, laid, None, weight, bias, mean, var, view, **options)
