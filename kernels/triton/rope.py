@@ -175,9 +175,10 @@ def _turn(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, tra
     BLOCK_REST = min(2 * MAX_PAIRS, triton.next_power_of_2(D - R)) if D > R else 0
     # With 512 pairs a warp, triton 3.6 spilled 40 bytes on sm_100 (interleaved, partial, tables for each token).
     num_warps = min(4, max(1, BLOCK_T * BLOCK_H * max(2 * BLOCK_P, BLOCK_REST) // 512))
-    grid = (triton.cdiv(T, BLOCK_T), triton.cdiv(H, BLOCK_H * HEAD_TILES))
+    head_tiles = min(HEAD_TILES, triton.cdiv(H, BLOCK_H))
+    grid = (triton.cdiv(T, BLOCK_T), triton.cdiv(H, BLOCK_H * head_tiles))
     launch(_rotate, grid,
-        x, cos, sin, y, T, T1, H, H1, D, R, HEAD_TILES,
+        x, cos, sin, y, T, T1, H, H1, D, R, head_tiles,
         *strides(found),
         INTERLEAVED=interleaved, TRANSPOSE=transpose,
         BLOCK_T=BLOCK_T, BLOCK_H=BLOCK_H, BLOCK_P=BLOCK_P, BLOCK_REST=BLOCK_REST, num_warps=num_warps,
