@@ -4,6 +4,9 @@ from .dispatch import use_backend as use_backend
 from .fuse import FusionReport as FusionReport
 from .fuse import fuse as fuse
 from .fuse import unfuse as unfuse
+from .ops.bias_act import BIAS_ACT
+from .ops.bias_act import BiasAct as BiasAct
+from .ops.bias_act import bias_act as bias_act
 from .ops.cross_entropy import CROSS_ENTROPY
 from .ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from .ops.cross_entropy import cross_entropy as cross_entropy
@@ -28,4 +31,16 @@ from .ops.softmax import SOFTMAX
 from .ops.softmax import Softmax as Softmax
 from .ops.softmax import softmax as softmax
 
-OPS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU_OP, PACKED_GLU, ROPE, SOFTMAX, CROSS_ENTROPY, DROPOUT)
+OPS = (
+    RMS_NORM,
+    ADD_RMS_NORM,
+    LAYER_NORM,
+    ADD_LAYER_NORM,
+    GLU_OP,
+    PACKED_GLU,
+    ROPE,
+    SOFTMAX,
+    CROSS_ENTROPY,
+    DROPOUT,
+    BIAS_ACT,
+)
