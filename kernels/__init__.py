@@ -13,6 +13,8 @@ from .ops.cross_entropy import cross_entropy as cross_entropy
 from .ops.dropout import DROPOUT
 from .ops.dropout import Dropout as Dropout
 from .ops.dropout import dropout as dropout
+from .ops.dropout_add import DROPOUT_ADD
+from .ops.dropout_add import dropout_add as dropout_add
 from .ops.glu import GLU as GLU
 from .ops.glu import GLU_OP, PACKED_GLU
 from .ops.glu import glu as glu
@@ -27,6 +29,10 @@ from .ops.rms_norm import add_rms_norm as add_rms_norm
 from .ops.rms_norm import rms_norm as rms_norm
 from .ops.rope import ROPE
 from .ops.rope import rope as rope
+from .ops.scale_add import SCALE_ADD
+from .ops.scale_add import DropPath as DropPath
+from .ops.scale_add import LayerScale as LayerScale
+from .ops.scale_add import scale_add as scale_add
 from .ops.softmax import SOFTMAX
 from .ops.softmax import Softmax as Softmax
 from .ops.softmax import softmax as softmax
@@ -43,4 +49,6 @@ OPS = (
     CROSS_ENTROPY,
     DROPOUT,
     BIAS_ACT,
+    DROPOUT_ADD,
+    SCALE_ADD,
 )

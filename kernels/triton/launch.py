@@ -60,8 +60,8 @@ def elementwise_tiles(N: int, D: int) -> tuple[tuple[int], dict[str, int]]:
     return grid, {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": 4}
 
 
-#: Elements of a tile of a kernel that walks down columns, and the most columns of it: with 4 warps, a row is one 16-byte
-#: access of bf16 for each thread of a warp. Twice the tile and the warps spilled on sm_100 (relu_squared, backward).
+#: Elements of a tile of a kernel that walks down columns, and the most columns of it: a row is one 16-byte access of
+#: bf16 for each thread of a warp. Twice the tile and the warps spilled on sm_100 (relu_squared, backward).
 COLUMN_TILE, COLUMNS = 2048, 256
 
 
