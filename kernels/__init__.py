@@ -15,6 +15,9 @@ from .ops.dropout import Dropout as Dropout
 from .ops.dropout import dropout as dropout
 from .ops.dropout_add import DROPOUT_ADD
 from .ops.dropout_add import dropout_add as dropout_add
+from .ops.dyt import DYT
+from .ops.dyt import DyT as DyT
+from .ops.dyt import dyt as dyt
 from .ops.glu import GLU as GLU
 from .ops.glu import GLU_OP, PACKED_GLU
 from .ops.glu import glu as glu
@@ -23,6 +26,11 @@ from .ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from .ops.layer_norm import LayerNorm as LayerNorm
 from .ops.layer_norm import add_layer_norm as add_layer_norm
 from .ops.layer_norm import layer_norm as layer_norm
+from .ops.mlp import GATED_MLP, MLP_OP
+from .ops.mlp import MLP as MLP
+from .ops.mlp import GatedMLP as GatedMLP
+from .ops.mlp import gated_mlp as gated_mlp
+from .ops.mlp import mlp as mlp
 from .ops.rms_norm import ADD_RMS_NORM, RMS_NORM
 from .ops.rms_norm import RMSNorm as RMSNorm
 from .ops.rms_norm import add_rms_norm as add_rms_norm
@@ -51,4 +59,7 @@ OPS = (
     BIAS_ACT,
     DROPOUT_ADD,
     SCALE_ADD,
+    DYT,
+    MLP_OP,
+    GATED_MLP,
 )
