@@ -64,17 +64,50 @@ MUTANTS = {
     "the gradient of the new residual forgotten": Mutant(
         "add_rms_norm", "norm", "dh_out = grads[1].contiguous() if len(grads) == 2 else None", "dh_out = None"
     ),
+    "a bias that the derivative forgets": Mutant(
+        "bias_act",
+        "bias_act",
+        "_, pulled = act(h, dout, ACTIVATION)",
+        "_, pulled = act(h - (0.0 if bias is None else b[None, :]), dout, ACTIVATION)",
+    ),
+    "another mask in the backward pass": Mutant(
+        "dropout_add",
+        "dropout_add",
+        "g = tl.where(kept(seed, n, d, threshold), g * scale, 0.0)",
+        "g = tl.where(kept(seed, n + 1, d, threshold), g * scale, 0.0)",
+    ),
+    "a scale that its own gradient has": Mutant(
+        "scale_add",
+        "scale_add",
+        "            if scale is not None:\n                g *= gamma[None, :]\n            tl.store(dx",
+        "            tl.store(dx",
+    ),
+    "columns of one program only in the gradient of alpha": Mutant(
+        "dyt",
+        "dyt",
+        "program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)",
+        "program = tl.program_id(1)",
+    ),
 }
 
-#: A ragged block, more rows than one round of the persistent loop holds, and a row longer than one program does.
-DIMS = ({"N": 5, "D": 33}, {"N": 129, "D": 129}, {"N": 2, "D": 16_385})
+#: The first dim and the last; those between are 1. A ragged block, more rows than one round of the persistent loop
+#: holds, and a row longer than one program does.
+DIMS = ((5, 33), (129, 129), (2, 16_385))
 
 
 def _cases(op: str) -> list[Case]:
     (found,) = [o for o in OPS if o.name == op]
+    first, *_, last = found.dims
     return [
-        Case(found, dims, torch.float32, layout=layout, cotangent_layout=layout, regime=regime)
-        for dims in DIMS
+        Case(
+            found,
+            {**dict.fromkeys(found.dims, 1), first: N, last: D},
+            torch.float32,
+            layout=layout,
+            cotangent_layout=layout,
+            regime=regime,
+        )
+        for N, D in DIMS
         for layout in ("contiguous", "strided", "expanded")
         for regime in ("ordinary", "tiny")
     ]

@@ -14,6 +14,7 @@ recomputation is that of Chen et al., Training Deep Nets with Sublinear Memory C
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -188,7 +189,7 @@ def _check(name: str, x: Tensor, weights: dict[str, tuple[Tensor | None, str]]) 
     checks.floating(name, x=x, **{label: tensor for label, (tensor, _) in weights.items()})
     if x.dim() == 0:
         raise ValueError(f"{name}: x must have at least one dimension, its features, got a scalar; e.g. x.view(1)")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _autocasting(x.device.type)
     sizes = {"D": x.shape[-1]}
     for label, (tensor, letters) in weights.items():
         if tensor is None:
@@ -209,6 +210,14 @@ def _check(name: str, x: Tensor, weights: dict[str, tuple[Tensor | None, str]]) 
             )
 
 
+def _autocasting(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[None]:
+    return torch.autocast(device, enabled=False) if _autocasting(device) else nullcontext()
+
+
 def _hidden(x: Tensor, w1: Tensor, b1: Tensor | None, *, activation: str) -> Tensor:
     return bias_act(F.linear(x, w1), b1, activation=activation)
 
@@ -224,16 +233,16 @@ def _recomputed(hidden: Callable[..., Tensor], reference: Callable[..., Tensor])
         return F.linear(hidden(*tensors[:3], **options), *tensors[3:]), tensors
 
     def backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
-        with torch.autocast(saved[0].device.type, enabled=False):  # dtypes were settled on the way forward
+        with _without_autocast(saved[0].device.type):  # dtypes were settled on the way forward
             return _gradients(hidden, *grads, saved, needs, options)
 
     def run(*tensors: Tensor | None, **options: Any) -> Tensor:
         assert tensors[0] is not None
         device = tensors[0].device.type
-        if torch.is_autocast_enabled(device):
+        if _autocasting(device):
             dtype = torch.get_autocast_dtype(device)
             tensors = tuple(t if t is None else t.to(dtype) for t in tensors)
-        with torch.autocast(device, enabled=False):
+        with _without_autocast(device):
             return fused(forward, backward, vjp(reference), tensors, options)
 
     return run
