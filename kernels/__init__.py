@@ -7,12 +7,20 @@ from .fuse import unfuse as unfuse
 from .ops.batch_norm import BATCH_NORM_ACT
 from .ops.batch_norm import BatchNormAct2d as BatchNormAct2d
 from .ops.batch_norm import batch_norm_act as batch_norm_act
+from .ops.bias_act import BIAS_ACT
+from .ops.bias_act import BiasAct as BiasAct
+from .ops.bias_act import bias_act as bias_act
 from .ops.cross_entropy import CROSS_ENTROPY
 from .ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from .ops.cross_entropy import cross_entropy as cross_entropy
 from .ops.dropout import DROPOUT
 from .ops.dropout import Dropout as Dropout
 from .ops.dropout import dropout as dropout
+from .ops.dropout_add import DROPOUT_ADD
+from .ops.dropout_add import dropout_add as dropout_add
+from .ops.dyt import DYT
+from .ops.dyt import DyT as DyT
+from .ops.dyt import dyt as dyt
 from .ops.glu import GLU as GLU
 from .ops.glu import GLU_OP, PACKED_GLU
 from .ops.glu import glu as glu
@@ -34,6 +42,11 @@ from .ops.layer_norm_2d import layer_norm_2d as layer_norm_2d
 from .ops.log_softmax import LOG_SOFTMAX
 from .ops.log_softmax import LogSoftmax as LogSoftmax
 from .ops.log_softmax import log_softmax as log_softmax
+from .ops.mlp import GATED_MLP, MLP_OP
+from .ops.mlp import MLP as MLP
+from .ops.mlp import GatedMLP as GatedMLP
+from .ops.mlp import gated_mlp as gated_mlp
+from .ops.mlp import mlp as mlp
 from .ops.qk_norm_rope import QK_NORM_ROPE
 from .ops.qk_norm_rope import qk_norm_rope as qk_norm_rope
 from .ops.rms_norm import ADD_RMS_NORM, RMS_NORM
@@ -52,6 +65,10 @@ from .ops.rotary_tables import rotary_frequencies as rotary_frequencies
 from .ops.rotary_tables import rotary_tables as rotary_tables
 from .ops.rotary_tables import yarn_attention_factor as yarn_attention_factor
 from .ops.rotary_tables import yarn_frequencies as yarn_frequencies
+from .ops.scale_add import SCALE_ADD
+from .ops.scale_add import DropPath as DropPath
+from .ops.scale_add import LayerScale as LayerScale
+from .ops.scale_add import scale_add as scale_add
 from .ops.softmax import SOFTMAX
 from .ops.softmax import Softmax as Softmax
 from .ops.softmax import softmax as softmax
@@ -60,18 +77,24 @@ OPS = (
     ADD_LAYER_NORM,
     ADD_RMS_NORM,
     BATCH_NORM_ACT,
+    BIAS_ACT,
     CROSS_ENTROPY,
     DROPOUT,
+    DROPOUT_ADD,
+    DYT,
+    GATED_MLP,
     GLU_OP,
     GROUP_NORM,
     IMAGE_NORMALIZE,
     LAYER_NORM,
     LAYER_NORM_2D,
     LOG_SOFTMAX,
+    MLP_OP,
     PACKED_GLU,
     QK_NORM_ROPE,
     RMS_NORM,
     ROPE,
     ROPE_QKV,
+    SCALE_ADD,
     SOFTMAX,
 )

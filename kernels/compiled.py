@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -97,3 +98,15 @@ def _new_call(function: Callable[..., Any], widths: tuple[int | None, ...]) -> C
     code = call.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     copy = types.FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
     return torch.compile(copy, dynamic=True, fullgraph=True)
+
+
+def column_sum(*factors: Tensor, rows: int = 32) -> Tensor:
+    """Σ of the product over all dims but the last: of blocks of rows, which stay in the cache, then of the blocks."""
+    factors = tuple(f.reshape(math.prod(f.shape[:-1]), f.shape[-1]) for f in factors)
+    N, _ = factors[0].shape
+    if rows > N:
+        return functools.reduce(torch.mul, factors).sum(0)
+    # Cut up before they are multiplied: the compiler would write a product that is read twice to memory.
+    blocks = functools.reduce(torch.mul, [f.unfold(0, rows, rows) for f in factors])
+    rest = functools.reduce(torch.mul, [f[N // rows * rows :] for f in factors])
+    return blocks.sum(-1).sum(0) + rest.sum(0)

@@ -121,6 +121,8 @@ def check_sharded(case: Case, mesh: DeviceMesh) -> str:
     ((tensors, options),) = calls
     if {id(t) for t in pytree.tree_leaves(call) if isinstance(t, Tensor)} != {id(t) for t in tensors if t is not None}:
         return "not as passed"
+    if any(t is not None and t.dtype == torch.int64 and t.dim() == 0 for t in tensors):
+        return "drawn"  # from a seed of each shard's own
     names, _ = sharding.parse(case.op.axes if isinstance(case.op.axes, str) else case.op.axes(*tensors, **options))
     own = sharding.axes(names[0], tensors[0].dim())
     sizes = dict(zip(own, tensors[0].shape, strict=True))

@@ -106,6 +106,30 @@ MUTANTS = {
         "means = channel_norm.group_means(found, weight, view, view.R * view.S)",
         "means = None",
     ),
+    "a bias that the derivative forgets": Mutant(
+        "bias_act",
+        "bias_act",
+        "_, pulled = act(h, dout, ACTIVATION)",
+        "_, pulled = act(h - (0.0 if bias is None else b[None, :]), dout, ACTIVATION)",
+    ),
+    "another mask in the backward pass": Mutant(
+        "dropout_add",
+        "dropout_add",
+        "g = tl.where(kept(seed, n, d, threshold), g * scale, 0.0)",
+        "g = tl.where(kept(seed, n + 1, d, threshold), g * scale, 0.0)",
+    ),
+    "a scale that its own gradient has": Mutant(
+        "scale_add",
+        "scale_add",
+        "            if scale is not None:\n                g *= gamma[None, :]\n            tl.store(dx",
+        "            tl.store(dx",
+    ),
+    "columns of one program only in the gradient of alpha": Mutant(
+        "dyt",
+        "dyt",
+        "program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)",
+        "program = tl.program_id(1)",
+    ),
 }
 
 #: A ragged block, more rows than one round of the persistent loop holds, and a row longer than one program does; more
@@ -125,6 +149,8 @@ DIMS = (
     {"N": 1, "G": 1, "K": 5, "S": 2500},
     {"N": 5, "C": 3, "S": 33},
     {"N": 1, "C": 1, "S": 4097},
+    {"B": 5, "T": 1, "D": 33},
+    {"B": 129, "T": 1, "D": 129},
 )
 
 

@@ -89,11 +89,13 @@ def outcomes() -> Iterator[dict[tuple[int, str], str]]:
         yield dict(results)
 
 
-@pytest.mark.parametrize("variant", [f"{op} {variant}" for op in OPS if not op.random for variant in op.variants])
+@pytest.mark.parametrize("variant", [f"{op} {variant}" for op in OPS for variant in op.variants])
 def test_halves_agree_with_the_whole(outcomes: dict[tuple[int, str], str], variant: str) -> None:
     found = {outcomes[rank, variant] for rank in range(PROCESSES)}
     if found == {"not as passed"}:
         pytest.skip("views of the arguments are dispatched, or not all: their dims do not say how these may be sharded")
+    if found == {"drawn"}:
+        pytest.skip("every shard has a mask of its own")
     assert found == {"agreed"}
 
 

@@ -15,12 +15,34 @@ def floating(name: str, **tensors: Tensor | None) -> None:
             )
 
 
-def dropout(name: str, p: float, seed: Tensor | None) -> None:
-    """Raise unless p is a probability, and the seed an int64 scalar."""
+def dropout(name: str, p: float, seed: Tensor | None, label: str = "p") -> None:
+    """Raise unless p, which the operator calls ``label``, is a probability, and the seed an int64 scalar."""
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{name}: p must be a probability, between 0 and 1, got {p}")
+        raise ValueError(f"{name}: {label} must be a probability, between 0 and 1, got {p}")
     if seed is not None and (seed.dtype != torch.int64 or seed.dim()):
         raise ValueError(
             f"{name}: seed must be a scalar tensor of int64, got {tuple(seed.shape)} of {seed.dtype}; "
             "e.g. torch.tensor(1234, device=x.device)"
         )
+
+
+def per_channel(name: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """Raise unless x has a last dim, and every parameter one element for each of its channels."""
+    if x.dim() == 0:
+        raise ValueError(f"{name}: x must have at least one dimension, its channels, got a scalar; e.g. x.view(1)")
+    for label, parameter in parameters.items():
+        if parameter is not None and parameter.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{name}: {label} must have the shape of the last dim of x, ({x.shape[-1]},), "
+                f"got {tuple(parameter.shape)}; build it with the width of the layer before"
+            )
+
+
+def like(name: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """Raise unless every tensor has the shape of x: nothing is broadcast."""
+    for label, tensor in tensors.items():
+        if tensor is not None and tensor.shape != x.shape:
+            raise ValueError(
+                f"{name}: {label} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}; "
+                "expand it first if it should broadcast"
+            )

@@ -1,14 +1,14 @@
 """Gated linear units: SwiGLU, GeGLU, ReGLU and the original GLU.
 
-    y = act(gate) · up        act ∈ {silu, gelu, gelu_tanh, relu, sigmoid}
+    y = act(gate) · up        act as in activations.py
 
 Source: Shazeer, GLU Variants Improve Transformer (2020); Dauphin et al., Language Modeling with Gated Convolutional
-Networks (2017). Gelu is Hendrycks and Gimpel (2016): x·Φ(x), or its tanh approximation.
+Networks (2017).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,31 +19,14 @@ from .. import dispatch
 from ..autograd import fused, vjp
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks
-
-
-def _gelu(x: Tensor) -> Tensor:
-    # F.gelu's vectorized CPU form gives NaN at +inf in float32; everywhere else, and in float64, it gives inf.
-    return torch.where(x == torch.inf, x, F.gelu(x))
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu": F.relu,
-    "sigmoid": torch.sigmoid,
-}
+from .activations import ACTIVATIONS, check_activation
 
 
 def reference(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
     """``act(gate) · up`` in plain PyTorch: float32 (or wider) inside, one rounding."""
     narrow = torch.promote_types(gate.dtype, up.dtype)
     wide = torch.promote_types(narrow, torch.float32)
-    return (_ACTIVATIONS[activation](gate.to(wide)) * up.to(wide)).to(narrow)
+    return (ACTIVATIONS[activation](gate.to(wide)) * up.to(wide)).to(narrow)
 
 
 def packed_reference(x: Tensor, *, activation: str, gate_first: bool) -> Tensor:
@@ -61,8 +44,8 @@ def glu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
     Args:
         gate: floating-point tensor [...].
         up: of gate's shape; its dtype may differ.
-        activation: ``"silu"`` (SwiGLU), ``"gelu"`` (GeGLU, with the exact Φ), ``"gelu_tanh"``, ``"relu"`` or
-            ``"sigmoid"``.
+        activation: ``"silu"`` (SwiGLU), ``"gelu"`` (GeGLU, with the exact Φ), ``"gelu_tanh"``, ``"quick_gelu"``,
+            ``"relu"``, ``"relu_squared"`` or ``"sigmoid"``.
 
     Returns:
         [...] in the dtype that gate and up promote to, as ``act(gate) * up`` gives.
@@ -72,7 +55,7 @@ def glu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
         ValueError: if their shapes differ, or there is no such activation.
     """
     checks.floating("glu", gate=gate, up=up)
-    _check_activation("glu", activation)
+    check_activation("glu", activation)
     if gate.shape != up.shape:
         raise ValueError(
             f"glu: up must have the shape of gate, {tuple(gate.shape)}, got {tuple(up.shape)}; "
@@ -100,7 +83,7 @@ def packed_glu(x: Tensor, *, activation: str = "silu", gate_first: bool = True) 
         ValueError: if x is a scalar, its last dim is odd, or there is no such activation.
     """
     checks.floating("packed_glu", x=x)
-    _check_activation("packed_glu", activation)
+    check_activation("packed_glu", activation)
     if x.dim() == 0:
         raise ValueError("packed_glu: x must have at least one dimension to halve, got a scalar")
     if x.shape[-1] % 2:
@@ -129,7 +112,7 @@ class GLU(torch.nn.GLU):
 
     def __init__(self, dim: int = -1, *, activation: str = "sigmoid", gate_first: bool = False) -> None:
         super().__init__(dim)
-        _check_activation("GLU", activation)
+        check_activation("GLU", activation)
         self.activation, self.gate_first = activation, gate_first
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,11 +130,6 @@ class GLU(torch.nn.GLU):
         return f"dim={self.dim}, activation={self.activation!r}, gate_first={self.gate_first}"
 
 
-def _check_activation(name: str, activation: str) -> None:
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"{name}: activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-
-
 def _triton(gate: Tensor, up: Tensor, **options: Any) -> Tensor:
     from ..triton import glu as kernels
 
@@ -165,7 +143,7 @@ def _packed_triton(x: Tensor, **options: Any) -> Tensor:
 
 
 def _aten(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
-    activate = F.gelu if activation == "gelu" else _ACTIVATIONS[activation]
+    activate = F.gelu if activation == "gelu" else ACTIVATIONS[activation]
     return activate(gate) * up
 
 

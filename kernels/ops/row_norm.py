@@ -8,14 +8,13 @@ With h = x (+ residual), over the last dim of D elements:
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..autograd import Gradients, fused, vjp
-from ..compiled import compiled_call
+from ..compiled import column_sum, compiled_call
 from ..op import Traffic
 
 
@@ -98,8 +97,8 @@ def gradients(
     if mean is not None:
         n = n - mean
     n = n * rstd
-    dweight = _column_sum(g, n).to(weight.dtype) if weight is not None and needs[1] else None
-    dbias = _column_sum(g).to(bias.dtype) if bias is not None and needs[2] else None
+    dweight = column_sum(g, n).to(weight.dtype) if weight is not None and needs[1] else None
+    dbias = column_sum(g).to(bias.dtype) if bias is not None and needs[2] else None
     if not needs[0]:
         return None, dweight, dbias
     if weight is not None:
@@ -111,18 +110,6 @@ def gradients(
     if dh_out is not None:
         dh = dh + dh_out
     return dh.to(h.dtype), dweight, dbias
-
-
-def _column_sum(*factors: Tensor, rows: int = 32) -> Tensor:
-    """Σ of the product over all dims but the last: of blocks of rows, which stay in the cache, then of the blocks."""
-    factors = tuple(f.reshape(-1, f.shape[-1]) for f in factors)
-    N, _ = factors[0].shape
-    if rows > N:
-        return functools.reduce(torch.mul, factors).sum(0)
-    # Cut up before they are multiplied: the compiler would write a product that is read twice to memory.
-    blocks = functools.reduce(torch.mul, [f.unfold(0, rows, rows) for f in factors])
-    rest = functools.reduce(torch.mul, [f[N // rows * rows :] for f in factors])
-    return blocks.sum(-1).sum(0) + rest.sum(0)
 
 
 def triton(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Any:

@@ -19,23 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .activations import tanh
 from .launch import contiguous, launch, rows
 
 MAX_BLOCK = 4_096
-
-
-@triton.jit
-def _tanh(x):
-    """tanh to about 3 ulp, and its derivative; from exp(−2|x|), which cannot overflow.
-
-    Near 0, where 1 − exp cancels, five terms of the series: the first one left out is below 1e-8 of x.
-    """
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    q = x * x
-    near = x + x * q * (-1.0 / 3.0 + q * (2.0 / 15.0 + q * (-17.0 / 315.0 + q * (62.0 / 2835.0))))
-    t = tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0.0, -far, far))
-    return t, 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
 @triton.jit
@@ -58,8 +45,8 @@ def _forward(
         inside = counts[:, None] & (v < V)[None, :]
         s = tl.load(x + n[:, None] * x_stride + v[None, :], inside, other=float("-inf")).to(tl.float32)
         if softcap is not None:
-            tanh, _ = _tanh(s / softcap)
-            s = tl.where(inside, softcap * tanh, float("-inf"))
+            bounded, _ = tanh(s / softcap)
+            s = tl.where(inside, softcap * bounded, float("-inf"))
         peak = tl.maximum(m, tl.max(s, 1))
         before = base
         # While every logit is −∞ so is the maximum, and −∞ − (−∞) would be NaN.
@@ -75,8 +62,8 @@ def _forward(
     log_sum = tl.log(total)
     s_t = tl.load(x + n * x_stride + t, valid, other=float("nan")).to(tl.float32)
     if softcap is not None:
-        tanh, _ = _tanh(s_t / softcap)
-        s_t = softcap * tanh
+        bounded, _ = tanh(s_t / softcap)
+        s_t = softcap * bounded
     w = tl.where(counts, 1.0, 0.0)
     if weight is not None:
         w = tl.load(weight + t, valid, other=0.0).to(tl.float32)
@@ -123,8 +110,8 @@ def _backward(
         push += 2.0 * z_loss * w * (base + log_sum)
     s = tl.load(x + n[:, None] * x_stride + v[None, :], inside, other=0.0).to(tl.float32)
     if softcap is not None:
-        tanh, slope = _tanh(s / softcap)
-        s = softcap * tanh
+        bounded, slope = tanh(s / softcap)
+        s = softcap * bounded
     ds = tl.exp(s - base[:, None] - log_sum[:, None]) * push[:, None]
     ds -= tl.where(v.to(tl.int64)[None, :] == t[:, None], pull[:, None], 0.0)
     if SMOOTHED:

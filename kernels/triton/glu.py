@@ -16,36 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import act
 from .launch import elementwise_tiles, launch, rows
-
-
-@triton.jit
-def _sigmoid(x):
-    # exp overflows to inf for x < −88; 1 / inf is the 0 that σ rounds to.
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _activation(g, dout, ACTIVATION: tl.constexpr):
-    """act(g) and dout·act'(g); NaN, and the NaN of 0·∞, come out where PyTorch has them."""
-    if ACTIVATION == "silu":
-        s = _sigmoid(g)
-        return g * s, dout * (s * (1.0 + g * (1.0 - s)))
-    elif ACTIVATION == "gelu":
-        cdf = 0.5 * (1.0 + tl.math.erf(g * 0.7071067811865476))
-        return g * cdf, dout * (cdf + g * (tl.exp(-0.5 * g * g) * 0.3989422804014327))
-    elif ACTIVATION == "gelu_tanh":
-        # (1 + tanh z) / 2 = σ(2z), which keeps its relative accuracy where 1 + tanh z cancels.
-        s = _sigmoid(1.5957691216057308 * g * (1.0 + 0.044715 * g * g))
-        slope = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
-        return g * s, dout * (s + g * (s * (1.0 - s)) * slope)
-    elif ACTIVATION == "relu":
-        # Selected, not multiplied: 0, not NaN, where dout is infinite.
-        return tl.where(g <= 0.0, 0.0, g), tl.where(g <= 0.0, 0.0, dout)
-    else:
-        tl.static_assert(ACTIVATION == "sigmoid")
-        s = _sigmoid(g)
-        return s, dout * (s * (1.0 - s))
 
 
 @triton.jit
@@ -59,7 +31,7 @@ def _forward(
     mask = (n < N) & (d < D)
     g = tl.load(gate + n * gate_stride + d, mask, other=0.0).to(tl.float32)
     u = tl.load(up + n * up_stride + d, mask, other=0.0).to(tl.float32)
-    activated, _ = _activation(g, u, ACTIVATION)
+    activated, _ = act(g, u, ACTIVATION)
     tl.store(y + n * D + d, (activated * u).to(y.dtype.element_ty), mask)
 
 
@@ -75,7 +47,7 @@ def _backward(
     dout = tl.load(dy + n * dy_stride + d, mask, other=0.0).to(tl.float32)
     g = tl.load(gate + n * gate_stride + d, mask, other=0.0).to(tl.float32)
     u = tl.load(up + n * up_stride + d, mask, other=0.0).to(tl.float32)
-    activated, pulled = _activation(g, dout * u, ACTIVATION)
+    activated, pulled = act(g, dout * u, ACTIVATION)
     if dgate is not None:
         tl.store(dgate + n * gradient_stride + d, pulled.to(dgate.dtype.element_ty), mask)
     if dup is not None:
