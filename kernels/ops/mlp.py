@@ -234,7 +234,7 @@ def _recomputed(hidden: Callable[..., Tensor], reference: Callable[..., Tensor])
 
     def backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
         with _without_autocast(saved[0].device.type):  # dtypes were settled on the way forward
-            return _gradients(hidden, *grads, saved, needs, options)
+            return _gradients(hidden, grads[0], saved, needs, options)
 
     def run(*tensors: Tensor | None, **options: Any) -> Tensor:
         assert tensors[0] is not None

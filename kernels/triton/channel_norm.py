@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .glu import _activation
+from .activations import act
 from .launch import contiguous, launch, multiprocessors
 
 TILE = 4096
@@ -50,7 +50,7 @@ def activate(z, dout, ACTIVATION: tl.constexpr):
     if ACTIVATION == "none":
         return z, dout
     else:
-        return _activation(z, dout, ACTIVATION)
+        return act(z, dout, ACTIVATION)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cross_entropy import _tanh
+from .activations import tanh
 from .launch import launch, rows
 from .norm import LONG_BLOCK, MAX_TILE, tile
 
@@ -72,8 +72,8 @@ def _scores(x, mask, start, n, d, read, kept, x_stride, scale, softcap, L1, L2, 
     s = tl.load(x + n[:, None] * x_stride + d[None, :], read, other=float("-inf")).to(tl.float32) * scale
     slope = 1.0
     if softcap is not None:
-        tanh, slope = _tanh(s / softcap)
-        s = softcap * tanh
+        t, slope = tanh(s / softcap)
+        s = softcap * t
     if mask is not None:
         at = _mask_at(mask, start, n, d, read, L1, L2, s0, s1, s2, sd)
         if BOOLEAN:
