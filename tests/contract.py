@@ -123,6 +123,8 @@ def check_sharded(case: Case, mesh: DeviceMesh) -> str:
     if any(t is not None and id(t) not in passed for t in tensors):
         return "a view"  # which DTensor makes itself
     names, _ = sharding.parse(case.op.axes if isinstance(case.op.axes, str) else case.op.axes(**options))
+    if any(n == ["seed"] and t is not None for t, n in zip(tensors, names, strict=True)):
+        return "a mask of its own"  # for every shard
     own = sharding.axes(names[0], tensors[0].dim())
     sizes = dict(zip(own, tensors[0].shape, strict=True))
 

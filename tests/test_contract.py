@@ -13,6 +13,7 @@ import torch
 
 import braze.kernels.triton
 from braze.kernels import OPS
+from braze.kernels.op import Op
 
 from .contract import Case, check_against_reference
 
@@ -39,15 +40,18 @@ MUTANTS = {
     ),
     "missing contiguous() on the cotangent": Mutant("rms_norm", "norm", "dy = grads[0].contiguous()", "dy = grads[0]"),
     "missing contiguous() on the input": Mutant("rms_norm", "norm", "x_rows = rows(x)", "x_rows = x.flatten(0, -2)"),
-    "under-launched grid": Mutant("rms_norm", "norm", "(_forward_long, (N,),", "(_forward_long, (N // 2,),"),
+    "under-launched grid": Mutant("rms_norm", "norm", "(long_norm.forward, (N,),", "(long_norm.forward, (N // 2,),"),
     "under-launched columns": Mutant(
-        "rms_norm", "norm", "_backward_long, (column_blocks, programs)", "_backward_long, (column_blocks - 1, programs)"
+        "rms_norm",
+        "norm",
+        "long_norm.backward, (P * G, column_blocks)",
+        "long_norm.backward, (P * G, column_blocks - 1)",
     ),
     "a persistent loop that never goes round": Mutant(
         "rms_norm",
         "norm",
-        "for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):",
-        "for tile in range(tl.program_id(0), tl.program_id(0) + 1):",
+        "for tile in range(tl.program_id(0) % P, tl.cdiv(T, BLOCK_N), P):",
+        "for tile in range(tl.program_id(0) % P, tl.program_id(0) % P + 1):",
     ),
     "wrong eps": Mutant(
         "rms_norm",
@@ -64,17 +68,46 @@ MUTANTS = {
     "the gradient of the new residual forgotten": Mutant(
         "add_rms_norm", "norm", "dh_out = grads[1].contiguous() if len(grads) == 2 else None", "dh_out = None"
     ),
+    "every sample modulated as the first": Mutant(
+        "add_modulated_layer_norm",
+        "norm",
+        "w = tl.load(weight + group * weight_stride + d,",
+        "w = tl.load(weight + d,",
+    ),
+    "the gradient of the gate of one program only": Mutant(
+        "add_modulated_layer_norm",
+        "norm",
+        "at_partial = (p * (tl.num_programs(0) // P) + group) * D + d",
+        "at_partial = group * D + d",
+    ),
+    "another group's weight": Mutant(
+        "gated_rms_norm", "gated_norm", "w = tl.load(weight + d,", "w = tl.load(weight + d % D,"
+    ),
+    "a gradient along the vector where its length is clamped": Mutant(
+        "l2_normalize", "l2_normalize", "tl.where(tl.sqrt(squares) <= eps, 0.0, dot)", "dot"
+    ),
 }
 
 #: A ragged block, more rows than one round of the persistent loop holds, and a row longer than one program does.
 DIMS = ({"N": 5, "D": 33}, {"N": 129, "D": 129}, {"N": 2, "D": 16_385})
 
 
+#: Where a plain call does not reach what is broken.
+VARIANTS = {"l2_normalize": ("some below eps",)}
+
+
+def _dims(op: Op) -> list[dict[str, int]]:
+    """These, with two of every other dim; N rows are B samples of one token, or B of N of an operator on samples."""
+    rows = {"N": "S"} if "N" not in op.dims else {}
+    return [{**dict.fromkeys(op.dims, 2), **{rows.get(name, name): size for name, size in d.items()}} for d in DIMS]
+
+
 def _cases(op: str) -> list[Case]:
     (found,) = [o for o in OPS if o.name == op]
     return [
-        Case(found, dims, torch.float32, layout=layout, cotangent_layout=layout, regime=regime)
-        for dims in DIMS
+        Case(found, dims, torch.float32, variant=variant, layout=layout, cotangent_layout=layout, regime=regime)
+        for dims in _dims(found)
+        for variant in VARIANTS.get(op, ("default",))
         for layout in ("contiguous", "strided", "expanded")
         for regime in ("ordinary", "tiny")
     ]

@@ -89,11 +89,13 @@ def outcomes() -> Iterator[dict[tuple[int, str], str]]:
         yield dict(results)
 
 
-@pytest.mark.parametrize("variant", [f"{op} {variant}" for op in OPS if not op.random for variant in op.variants])
+@pytest.mark.parametrize("variant", [f"{op} {variant}" for op in OPS for variant in op.variants])
 def test_halves_agree_with_the_whole(outcomes: dict[tuple[int, str], str], variant: str) -> None:
     found = {outcomes[rank, variant] for rank in range(PROCESSES)}
     if found == {"a view"}:
         pytest.skip("what is dispatched is a view of the argument: its dims are not the ones to shard")
+    if found == {"a mask of its own"}:
+        pytest.skip("every shard draws a mask of its own: the halves are not those of the whole")
     assert found == {"agreed"}
 
 

@@ -26,7 +26,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _activation(g, dout, ACTIVATION: tl.constexpr):
+def act(g, dout, ACTIVATION: tl.constexpr):
     """act(g) and dout·act'(g); NaN, and the NaN of 0·∞, come out where PyTorch has them."""
     if ACTIVATION == "silu":
         s = _sigmoid(g)
@@ -59,7 +59,7 @@ def _forward(
     mask = (n < N) & (d < D)
     g = tl.load(gate + n * gate_stride + d, mask, other=0.0).to(tl.float32)
     u = tl.load(up + n * up_stride + d, mask, other=0.0).to(tl.float32)
-    activated, _ = _activation(g, u, ACTIVATION)
+    activated, _ = act(g, u, ACTIVATION)
     tl.store(y + n * D + d, (activated * u).to(y.dtype.element_ty), mask)
 
 
@@ -75,7 +75,7 @@ def _backward(
     dout = tl.load(dy + n * dy_stride + d, mask, other=0.0).to(tl.float32)
     g = tl.load(gate + n * gate_stride + d, mask, other=0.0).to(tl.float32)
     u = tl.load(up + n * up_stride + d, mask, other=0.0).to(tl.float32)
-    activated, pulled = _activation(g, dout * u, ACTIVATION)
+    activated, pulled = act(g, dout * u, ACTIVATION)
     if dgate is not None:
         tl.store(dgate + n * gradient_stride + d, pulled.to(dgate.dtype.element_ty), mask)
     if dup is not None:
