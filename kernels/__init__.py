@@ -21,6 +21,11 @@ from .ops.dropout_add import dropout_add as dropout_add
 from .ops.dyt import DYT
 from .ops.dyt import DyT as DyT
 from .ops.dyt import dyt as dyt
+from .ops.gated_add import GATED_ADD
+from .ops.gated_add import gated_add as gated_add
+from .ops.gated_rms_norm import GATED_RMS_NORM
+from .ops.gated_rms_norm import RMSNormGated as RMSNormGated
+from .ops.gated_rms_norm import gated_rms_norm as gated_rms_norm
 from .ops.glu import GLU as GLU
 from .ops.glu import GLU_OP, PACKED_GLU
 from .ops.glu import glu as glu
@@ -32,6 +37,8 @@ from .ops.group_norm import group_norm as group_norm
 from .ops.image_normalize import IMAGE_NORMALIZE
 from .ops.image_normalize import ImageNormalize as ImageNormalize
 from .ops.image_normalize import image_normalize as image_normalize
+from .ops.l2_normalize import L2_NORMALIZE
+from .ops.l2_normalize import l2_normalize as l2_normalize
 from .ops.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from .ops.layer_norm import LayerNorm as LayerNorm
 from .ops.layer_norm import add_layer_norm as add_layer_norm
@@ -47,6 +54,17 @@ from .ops.mlp import MLP as MLP
 from .ops.mlp import GatedMLP as GatedMLP
 from .ops.mlp import gated_mlp as gated_mlp
 from .ops.mlp import mlp as mlp
+from .ops.modulated_norm import (
+    ADD_MODULATED_LAYER_NORM,
+    ADD_MODULATED_RMS_NORM,
+    MODULATED_LAYER_NORM,
+    MODULATED_RMS_NORM,
+)
+from .ops.modulated_norm import AdaLayerNormContinuous as AdaLayerNormContinuous
+from .ops.modulated_norm import add_modulated_layer_norm as add_modulated_layer_norm
+from .ops.modulated_norm import add_modulated_rms_norm as add_modulated_rms_norm
+from .ops.modulated_norm import modulated_layer_norm as modulated_layer_norm
+from .ops.modulated_norm import modulated_rms_norm as modulated_rms_norm
 from .ops.qk_norm_rope import QK_NORM_ROPE
 from .ops.qk_norm_rope import qk_norm_rope as qk_norm_rope
 from .ops.rms_norm import ADD_RMS_NORM, RMS_NORM
@@ -75,6 +93,8 @@ from .ops.softmax import softmax as softmax
 
 OPS = (
     ADD_LAYER_NORM,
+    ADD_MODULATED_LAYER_NORM,
+    ADD_MODULATED_RMS_NORM,
     ADD_RMS_NORM,
     BATCH_NORM_ACT,
     BIAS_ACT,
@@ -82,14 +102,19 @@ OPS = (
     DROPOUT,
     DROPOUT_ADD,
     DYT,
+    GATED_ADD,
     GATED_MLP,
+    GATED_RMS_NORM,
     GLU_OP,
     GROUP_NORM,
     IMAGE_NORMALIZE,
+    L2_NORMALIZE,
     LAYER_NORM,
     LAYER_NORM_2D,
     LOG_SOFTMAX,
     MLP_OP,
+    MODULATED_LAYER_NORM,
+    MODULATED_RMS_NORM,
     PACKED_GLU,
     QK_NORM_ROPE,
     RMS_NORM,

@@ -100,13 +100,20 @@ def _new_call(function: Callable[..., Any], widths: tuple[int | None, ...]) -> C
     return torch.compile(copy, dynamic=True, fullgraph=True)
 
 
-def column_sum(*factors: Tensor, rows: int = 32) -> Tensor:
-    """Σ of the product over all dims but the last: of blocks of rows, which stay in the cache, then of the blocks."""
-    factors = tuple(f.reshape(math.prod(f.shape[:-1]), f.shape[-1]) for f in factors)
-    N, _ = factors[0].shape
-    if rows > N:
-        return functools.reduce(torch.mul, factors).sum(0)
-    # Cut up before they are multiplied: the compiler would write a product that is read twice to memory.
-    blocks = functools.reduce(torch.mul, [f.unfold(0, rows, rows) for f in factors])
-    rest = functools.reduce(torch.mul, [f[N // rows * rows :] for f in factors])
-    return blocks.sum(-1).sum(0) + rest.sum(0)
+def column_sum(parameter: Tensor, *factors: Tensor, rows: int = 32) -> Tensor:
+    """Σ of the product over the rows that share a row of the parameter: the gradient of the parameter.
+
+    It is summed up in blocks of rows, which stay in the cache, and then over the blocks.
+    """
+    D = parameter.shape[-1]
+    groups = math.prod(parameter.shape[:-1])
+    T = math.prod(factors[0].shape[:-1]) // max(groups, 1)
+    factors = tuple(f.reshape(groups, T, D) for f in factors)
+    if rows > T:
+        total = functools.reduce(torch.mul, factors).sum(1)
+    else:
+        # Cut up before they are multiplied: the compiler would write a product that is read twice to memory.
+        blocks = functools.reduce(torch.mul, [f.unfold(1, rows, rows) for f in factors])
+        rest = functools.reduce(torch.mul, [f[:, T // rows * rows :] for f in factors])
+        total = blocks.sum(-1).sum(1) + rest.sum(1)
+    return total.view(parameter.shape).to(parameter.dtype)

@@ -40,15 +40,18 @@ MUTANTS = {
     ),
     "missing contiguous() on the cotangent": Mutant("rms_norm", "norm", "dy = grads[0].contiguous()", "dy = grads[0]"),
     "missing contiguous() on the input": Mutant("rms_norm", "norm", "x_rows = rows(x)", "x_rows = x.flatten(0, -2)"),
-    "under-launched grid": Mutant("rms_norm", "norm", "(_forward_long, (N,),", "(_forward_long, (N // 2,),"),
+    "under-launched grid": Mutant("rms_norm", "norm", "(long_norm.forward, (N,),", "(long_norm.forward, (N // 2,),"),
     "under-launched columns": Mutant(
-        "rms_norm", "norm", "_backward_long, (column_blocks, programs)", "_backward_long, (column_blocks - 1, programs)"
+        "rms_norm",
+        "norm",
+        "long_norm.backward, (P * G, column_blocks)",
+        "long_norm.backward, (P * G, column_blocks - 1)",
     ),
     "a persistent loop that never goes round": Mutant(
         "rms_norm",
         "norm",
-        "for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):",
-        "for tile in range(tl.program_id(0), tl.program_id(0) + 1):",
+        "for tile in range(tl.program_id(0) % P, tl.cdiv(T, BLOCK_N), P):",
+        "for tile in range(tl.program_id(0) % P, tl.program_id(0) % P + 1):",
     ),
     "wrong eps": Mutant(
         "rms_norm",
@@ -130,6 +133,28 @@ MUTANTS = {
         "program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)",
         "program = tl.program_id(1)",
     ),
+    "every sample modulated as the first": Mutant(
+        "add_modulated_layer_norm",
+        "norm",
+        "w = tl.load(weight + group * weight_stride + d,",
+        "w = tl.load(weight + d,",
+    ),
+    "the gradient of the gate of one program only": Mutant(
+        "add_modulated_layer_norm",
+        "norm",
+        "at_partial = (p * (tl.num_programs(0) // P) + group) * D + d",
+        "at_partial = group * D + d",
+    ),
+    "another group's weight": Mutant(
+        "gated_rms_norm", "gated_norm", "w = tl.load(weight + d,", "w = tl.load(weight + d % D,"
+    ),
+    "a gradient along the vector where its length is clamped": Mutant(
+        "l2_normalize",
+        "l2_normalize",
+        "tl.where(tl.sqrt(squares) <= eps, 0.0, dot)",
+        "dot",
+        "some below eps",
+    ),
 }
 
 #: A ragged block, more rows than one round of the persistent loop holds, and a row longer than one program does; more
@@ -151,6 +176,11 @@ DIMS = (
     {"N": 1, "C": 1, "S": 4097},
     {"B": 5, "T": 1, "D": 33},
     {"B": 129, "T": 1, "D": 129},
+    {"B": 2, "S": 5, "D": 33},
+    {"B": 2, "S": 129, "D": 129},
+    {"B": 2, "S": 2, "D": 16_385},
+    {"N": 5, "K": 2, "D": 33},
+    {"N": 129, "K": 2, "D": 129},
 )
 
 

@@ -111,7 +111,7 @@ def _gradients(dy: Tensor, x: Tensor, bias: Tensor | None, *, needs: tuple[bool,
     """The gradients of x and bias; autograd through the reference would add dx up along whole columns, one by one."""
     h = _shifted(x, bias)
     (dh,) = torch.func.vjp(ACTIVATIONS[activation], h)[1](dy.to(h.dtype))
-    dbias = column_sum(dh).to(bias.dtype) if bias is not None and needs[1] else None
+    dbias = column_sum(bias, dh) if bias is not None and needs[1] else None
     return dh.to(x.dtype), dbias
 
 

@@ -46,3 +46,32 @@ def like(name: str, x: Tensor, **tensors: Tensor | None) -> None:
                 f"{name}: {label} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}; "
                 "expand it first if it should broadcast"
             )
+
+
+def rows_of_groups(name: str, x: Tensor, **tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, each of which has a row for every sample of x [B, ..., D] or for every token, with the dims of x.
+
+    Raises:
+        ValueError: unless they are all [B, D], or all [B, ..., D] with dims of size 1 from some dim on.
+    """
+    first, shape = next((label, t.shape) for label, t in tensors.items() if t is not None)
+    lead = _lead(x, shape)
+    shared = [m == n for m, n in zip(lead, x.shape[:-1], strict=False)]
+    own = shared.index(False) if False in shared else len(shared)
+    if len(lead) != x.dim() - 1 or shape[-1] != x.shape[-1] or any(m != 1 for m in lead[own:]):
+        raise ValueError(
+            f"{name}: {first} must have a row for each sample of x {tuple(x.shape)}, as (B, D) or (B, 1, D), or for "
+            f"each token, as (B, S, D); got {tuple(shape)}"
+        )
+    for label, t in tensors.items():
+        if t is not None and t.shape != shape:
+            raise ValueError(
+                f"{name}: {label} must have the shape of {first}, {tuple(shape)}, got {tuple(t.shape)}; "
+                "expand it first if it should broadcast"
+            )
+    return [None if t is None else t.view(*lead, t.shape[-1]) for t in tensors.values()]
+
+
+def _lead(x: Tensor, shape: torch.Size) -> tuple[int, ...]:
+    """The dims before the last of such a tensor; [B, D] stands for [B, 1, ..., 1, D]."""
+    return (shape[0], *[1] * (x.dim() - 2)) if len(shape) == 2 < x.dim() else tuple(shape[:-1])

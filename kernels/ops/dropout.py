@@ -80,6 +80,13 @@ def new_seed(device: torch.device) -> Tensor:
     return torch.randint(2**62, (), device=device)
 
 
+def drawn(x: Tensor, p: float, training: bool, seed: Tensor | None) -> tuple[Tensor | None, dict[str, Any]]:
+    """The seed and the constants of a dropout of x inside another operator; no seed where nothing is dropped."""
+    if not training or p == 0.0:
+        return None, constants(0.0)
+    return new_seed(x.device) if seed is None else seed, constants(p)
+
+
 def dropout(x: Tensor, *, p: float = 0.5, training: bool = True, seed: Tensor | None = None) -> Tensor:
     """Dropout: each element is zero with probability ``p``, and ``1 / (1 − p)`` times itself otherwise.
 

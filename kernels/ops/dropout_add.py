@@ -119,7 +119,7 @@ def _gradients(
 ) -> Gradients:
     """The gradients of x, residual and bias; x and residual are empty, and only name their dtypes."""
     dh = _dropped(dy.to(torch.promote_types(dy.dtype, torch.float32)), seed, threshold, scale)
-    dbias = column_sum(dh).to(bias.dtype) if bias is not None and needs[2] else None
+    dbias = column_sum(bias, dh) if bias is not None and needs[2] else None
     return dh.to(x.dtype), dy.to(residual.dtype), dbias, None
 
 

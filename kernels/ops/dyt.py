@@ -121,9 +121,9 @@ def _gradients(
     g, h, a = dy.to(wide), x.to(wide), alpha.to(wide)
     t = torch.tanh(a * h)
     s = g * weight.to(wide) * (1.0 - t * t)
-    dalpha = column_sum(s, h).sum().to(alpha.dtype).view(alpha.shape) if needs[1] else None
-    dweight = column_sum(g, t).to(weight.dtype) if needs[2] else None
-    dbias = column_sum(g).to(bias.dtype) if bias is not None and needs[3] else None
+    dalpha = column_sum(s.new_empty(s.shape[-1]), s, h).sum().to(alpha.dtype).view(alpha.shape) if needs[1] else None
+    dweight = column_sum(weight, g, t) if needs[2] else None
+    dbias = column_sum(bias, g) if bias is not None and needs[3] else None
     return (a * s).to(x.dtype), dalpha, dweight, dbias
 
 

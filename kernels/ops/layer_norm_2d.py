@@ -121,7 +121,7 @@ def _gradients(
 
 
 def _rows(run: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    y = run(x.permute(0, 2, 3, 1), None, weight, bias, eps=eps, weight_offset=0.0, center=True)
+    y = run(x.permute(0, 2, 3, 1), None, weight, bias, None, None, eps=eps, weight_offset=0.0, center=True)
     return y.permute(0, 3, 1, 2)
 
 

@@ -110,6 +110,7 @@ def _gradients(
     cos: Tensor,
     sin: Tensor,
     *,
+    needs: tuple[bool, ...],
     interleaved: bool,
     **options: Any,
 ) -> Gradients:
@@ -117,7 +118,10 @@ def _gradients(
     wide = torch.promote_types(x.dtype, torch.float32)
     dz = rope.turned_back(dy.to(wide), cos, sin, interleaved=interleaved)
     mean, rstd = row_norm.statistics(x.to(wide), eps=options["eps"], center=options["center"])
-    return row_norm.gradients(dz, None, x, weight, bias, mean, rstd, **options)
+    needs = (needs[0], False, *needs[1:3], False)
+    normed = (x, weight, bias, mean, rstd, None, None, None)
+    _, dx, dweight, dbias, _ = row_norm.gradients(dz, None, *normed, needs=needs, **options)
+    return dx, dweight, dbias
 
 
 def _aten(

@@ -1,6 +1,6 @@
 """RMSNorm, alone and fused with the residual add that feeds it.
 
-    h = x (+ residual)
+    h = x, or dropout(x) + residual
     y = h / √(mean(h²) + ε) · (weight + weight_offset)        over the last dim
 
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019); ``torch.nn.functional.rms_norm``.
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..op import Call, Draw, ErrorInput, Op, Options, Traffic
-from . import row_norm
+from . import checks, row_norm
+from .dropout import drawn
 
 
 def reference(x: Tensor, weight: Tensor | None, *, eps: float, weight_offset: float) -> Tensor:
@@ -27,10 +28,10 @@ def reference(x: Tensor, weight: Tensor | None, *, eps: float, weight_offset: fl
 
 
 def add_reference(
-    x: Tensor, residual: Tensor, weight: Tensor | None, *, eps: float, weight_offset: float
+    x: Tensor, residual: Tensor, weight: Tensor | None, seed: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Residual add and RMSNorm in plain PyTorch."""
-    return row_norm.add_reference(x, residual, weight, None, eps=eps, weight_offset=weight_offset, center=False)
+    """Dropout, residual add and RMSNorm in plain PyTorch."""
+    return row_norm.add_reference(x, residual, weight, None, None, seed, center=False, **options)
 
 
 def rms_norm(
@@ -59,9 +60,17 @@ def rms_norm(
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None = None, *, eps: float | None = None, weight_offset: float = 0.0
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float | None = None,
+    weight_offset: float = 0.0,
+    p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Residual add, then RMSNorm, in one pass over memory: ``h = x + residual; return rms_norm(h, weight), h``.
+    """``h = dropout(x) + residual; return rms_norm(h, weight), h``, in one pass over memory.
 
     Args:
         x: floating-point tensor [..., D].
@@ -69,17 +78,24 @@ def add_rms_norm(
         weight: [D], or None for no scale.
         eps: as in :func:`rms_norm`.
         weight_offset: as in :func:`rms_norm`.
+        p: probability of a zero in the dropout of x, which is never stored, nor its mask.
+        training: False drops nothing.
+        seed: of the dropout, as in :func:`~braze.kernels.dropout`.
 
     Returns:
         (normed, new_residual): normed [..., D] in x's dtype, new_residual = h in the wider dtype of x and residual.
 
     Raises:
         TypeError: if x is not floating point.
-        ValueError: if x is a scalar, weight is not [D], or residual has another shape than x.
+        ValueError: if x is a scalar, weight is not [D], residual has another shape than x, p is not in [0, 1], or the
+            seed is not an int64 scalar.
     """
     row_norm.check_affine("add_rms_norm", x, weight)
     row_norm.check_residual("add_rms_norm", x, residual)
-    return dispatch.run(ADD_RMS_NORM, x, residual, weight, eps=_eps(x, eps), weight_offset=float(weight_offset))
+    checks.dropout("add_rms_norm", p, seed)
+    seed, constants = drawn(x, p, training, seed)
+    options = {"eps": _eps(x, eps), "weight_offset": float(weight_offset), **constants}
+    return dispatch.run(ADD_RMS_NORM, x, residual, weight, seed, **options)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -97,13 +113,18 @@ def _eps(x: Tensor, eps: float | None) -> float:
 
 
 def _alone(run: Callable[..., Tensor], x: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
-    return run(x, None, weight, None, center=False, **options)
+    return run(x, None, weight, None, None, None, center=False, **options)
 
 
 def _added(
-    run: Callable[..., tuple[Tensor, Tensor]], x: Tensor, residual: Tensor, weight: Tensor | None, **options: Any
+    run: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    return run(x, residual, weight, None, center=False, **options)
+    return run(x, residual, weight, None, None, seed, center=False, **options)
 
 
 def _aten(x: Tensor, weight: Tensor | None = None, *, eps: float | None = None, weight_offset: float = 0.0) -> Tensor:
@@ -112,8 +133,17 @@ def _aten(x: Tensor, weight: Tensor | None = None, *, eps: float | None = None, 
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-def _add_aten(x: Tensor, residual: Tensor, weight: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
-    h = x + residual
+def _add_aten(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    *,
+    p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    h = F.dropout(x, p, training) + residual if p else x + residual
     return _aten(h, weight, **options).to(x.dtype), h
 
 
@@ -122,6 +152,8 @@ def _inputs(draw: Draw, *, N: int, D: int, weight: bool = True, **options: Any) 
 
 
 def _add_inputs(draw: Draw, *, N: int, D: int, weight: bool = True, **options: Any) -> Call:
+    if "p" in options:
+        options["seed"] = draw.integers(0, 2**62)
     return Call((draw.tensor(N, D), draw.tensor(N, D), draw.weight(D) if weight else None), options)
 
 
@@ -136,14 +168,15 @@ def _add_errors() -> Iterator[ErrorInput]:
     x = torch.zeros(2, 8)
     yield ErrorInput(Call((x, torch.zeros(2, 8), torch.ones(7))), ValueError, r"weight must have the shape")
     yield ErrorInput(Call((x, torch.zeros(8))), ValueError, r"residual must have the shape of x, \(2, 8\), got \(8,\)")
+    yield ErrorInput(Call((x, x), {"p": -0.1}), ValueError, "p must be a probability.*got -0.1")
 
 
 def _traffic(itemsize: int, *, N: int, D: int, weight: bool = True, **_: Any) -> Traffic:
     return row_norm.traffic(itemsize, int(weight), N=N, D=D, residual=False)
 
 
-def _add_traffic(itemsize: int, *, N: int, D: int, weight: bool = True, **_: Any) -> Traffic:
-    return row_norm.traffic(itemsize, int(weight), N=N, D=D, residual=True)
+def _add_traffic(itemsize: int, *, N: int, D: int, weight: bool = True, p: float = 0.0, **_: Any) -> Traffic:
+    return row_norm.traffic(itemsize, int(weight), N=N, D=D, residual=True, dropped=p > 0.0)
 
 
 _DIMS = {"N": (0, 1, 2, 5, 129), "D": (1, 31, 32, 33, 127, 128, 129, 1023, 1025, 16_384, 16_385)}
@@ -177,7 +210,7 @@ RMS_NORM = Op(
 
 ADD_RMS_NORM = Op(
     name="add_rms_norm",
-    replaces="residual add, then `F.rms_norm`",
+    replaces="dropout, residual add, then `F.rms_norm`",
     fn=add_rms_norm,
     reference=add_reference,
     impls={"triton": partial(_added, row_norm.triton), "compile": partial(_added, row_norm.compiled)},
@@ -188,7 +221,7 @@ ADD_RMS_NORM = Op(
     traffic=_add_traffic,
     flops=lambda N, D: 5 * N * D,
     aten=_add_aten,
-    axes="... D, ... D, D -> ... D, ... D",
+    axes="... D, ... D, D, seed -> ... D, ... D",
     errors=_add_errors,
-    variants=_VARIANTS,
+    variants={**_VARIANTS, "dropout": {"eps": 1e-6, "p": 0.1}},
 )

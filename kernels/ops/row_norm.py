@@ -1,9 +1,11 @@
 """What RMSNorm and LayerNorm share: the normalization of rows, with and without a residual add.
 
-With h = x (+ residual), over the last dim of D elements:
+With h = x, or h = residual + mask·gate·x, over the last dim of D elements:
 
     μ = mean(h) if center else 0
     y = (h − μ) / √(mean((h − μ)²) + ε) · (weight + weight_offset) + bias
+
+weight, bias and gate broadcast to x; gate and the mask of dropout, which a seed stands for, may be absent.
 """
 
 from __future__ import annotations
@@ -16,16 +18,20 @@ from torch import Tensor
 from ..autograd import Gradients, fused, vjp
 from ..compiled import column_sum, compiled_call
 from ..op import Traffic
+from . import dropout
 
 
-def reference(x: Tensor, *affine: Tensor | None, **options: Any) -> Tensor:
+def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Tensor:
     """Row normalization in plain PyTorch: float32 (or wider) inside, the result in the dtype of ``x``."""
-    return _forward(x, None, *affine, **options)[0]
+    return _forward(x, None, weight, bias, None, None, **options)[0]
 
 
-def add_reference(x: Tensor, residual: Tensor, *affine: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    """``h = x + residual``, rounded to the wider of the two dtypes; returns (row norm of h in x's dtype, h)."""
-    y, h, _, _ = _forward(x, residual, *affine, **options)
+def add_reference(x: Tensor, residual: Tensor, *others: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    """``h = residual + u``, rounded to the wider of the two dtypes; returns (row norm of h in x's dtype, h).
+
+    u is x, times a gate, with dropout. ``others`` are weight, bias, gate and seed.
+    """
+    y, h, _, _ = _forward(x, residual, *others, **options)
     return y, h
 
 
@@ -34,13 +40,20 @@ def _forward(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
     *,
     eps: float,
     weight_offset: float,
     center: bool,
+    threshold: int = 0,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """(y, h, the means of the rows of h or None, their 1/√(…))."""
-    h = x if residual is None else x + residual
+    h = x
+    if residual is not None:
+        branch = _branch(x, gate, seed, threshold, scale)
+        h = (branch + residual).to(torch.promote_types(x.dtype, residual.dtype))
     n = h.to(torch.promote_types(h.dtype, torch.float32))
     mean, rstd = statistics(n, eps=eps, center=center)
     y = (n if mean is None else n - mean) * rstd
@@ -58,21 +71,32 @@ def statistics(n: Tensor, *, eps: float, center: bool) -> tuple[Tensor | None, T
     return mean, torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
 
 
-def compiled(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
-    """The plain forms, compiled; with a residual they return (y, h)."""
-    return fused(_compiled_forward, _compiled_backward, _second, (x, residual, weight, bias), options)
+def _branch(x: Tensor, gate: Tensor | None, seed: Tensor | None, threshold: int, scale: float) -> Tensor:
+    """mask·gate·x, in float32 or wider if either is there. Linear in x: its transpose, for the gradient, is itself."""
+    if gate is None and seed is None:
+        return x
+    u = x.to(torch.promote_types(x.dtype, torch.float32))
+    if gate is not None:
+        u = u * gate.to(u.dtype)
+    return u if seed is None else torch.where(dropout.kept(seed, u.shape, threshold), u * scale, 0.0)
 
 
-def _compiled_forward(x: Tensor, residual: Tensor | None, *affine: Tensor | None, **options: Any) -> Any:
-    y, h, mean, rstd = compiled_call(_forward, (x, residual, *affine), options)
-    return (y, (x, *affine, mean, rstd)) if residual is None else ((y, h), (h, *affine, mean, rstd))
+def compiled(*tensors: Tensor | None, **options: Any) -> Any:
+    """The plain forms, compiled, of x, residual, weight, bias, gate and seed; with a residual they return (y, h)."""
+    return fused(_compiled_forward, _compiled_backward, _second, tensors, options)
+
+
+def _compiled_forward(x: Tensor, residual: Tensor | None, *others: Tensor | None, **options: Any) -> Any:
+    y, h, mean, rstd = compiled_call(_forward, (x, residual, *others), options)
+    weight, bias, gate, seed = others
+    saved = (x if residual is None else h, weight, bias, mean, rstd, None if gate is None else x, gate, seed)
+    return (y if residual is None else (y, h)), saved
 
 
 def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
     dy, dh_out = grads if len(grads) == 2 else (*grads, None)
-    needs = (needs[0] or needs[1], *needs[2:])
-    dh, dweight, dbias = compiled_call(gradients, (dy, dh_out, *saved), {"needs": needs, **options})
-    return dh, dh, dweight, dbias
+    dx, dh, *dshared = compiled_call(gradients, (dy, dh_out, *saved), {"needs": needs[:5], **options})
+    return (dh if dx is None else dx), dh, *dshared, None
 
 
 def gradients(
@@ -83,12 +107,17 @@ def gradients(
     bias: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
+    x: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
     *,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, ...],
     weight_offset: float,
+    threshold: int = 0,
+    scale: float = 1.0,
     **_: Any,
 ) -> Gradients:
-    """The gradients of h, weight and bias in closed form.
+    """The gradients of x (None where it is that of h), h, weight, bias and gate in closed form.
 
     Autograd through the reference would have the compiler add dy·n up along whole columns, one by one: on one core of
     an EPYC, float32 [2048, 1024], that took 6.4 ms for 4.0, and its rounding error was four times as large.
@@ -97,10 +126,10 @@ def gradients(
     if mean is not None:
         n = n - mean
     n = n * rstd
-    dweight = column_sum(g, n).to(weight.dtype) if weight is not None and needs[1] else None
-    dbias = column_sum(g).to(bias.dtype) if bias is not None and needs[2] else None
-    if not needs[0]:
-        return None, dweight, dbias
+    dweight = column_sum(weight, g, n) if weight is not None and needs[2] else None
+    dbias = column_sum(bias, g) if bias is not None and needs[3] else None
+    if not (needs[0] or needs[1] or needs[4]):
+        return None, None, dweight, dbias, None
     if weight is not None:
         g = g * (weight.to(rstd.dtype) + weight_offset)
     dh = g - n * (g * n).mean(-1, keepdim=True)
@@ -109,23 +138,31 @@ def gradients(
     dh = dh * rstd
     if dh_out is not None:
         dh = dh + dh_out
-    return dh.to(h.dtype), dweight, dbias
+    dx, dgate = None, None
+    if needs[0] and (gate is not None or seed is not None):
+        dx = _branch(dh, gate, seed, threshold, scale).to(dy.dtype)
+    if gate is not None and needs[4]:
+        assert x is not None
+        dgate = column_sum(gate, dh, x.to(dh.dtype))
+    return dx, dh.to(h.dtype), dweight, dbias, dgate
 
 
-def triton(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
-    """The Triton kernels; with a residual they return (y, h)."""
+def triton(*tensors: Tensor | None, **options: Any) -> Any:
+    """The Triton kernels of x, residual, weight, bias, gate and seed; with a residual they return (y, h)."""
     from ..triton import norm
 
-    return fused(norm.forward, norm.backward, _second, (x, residual, weight, bias), options)
+    return fused(norm.forward, norm.backward, _second, tensors, options)
 
 
 def _second(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
-    h = saved[0]
-    dh, dweight, dbias = vjp(reference)([grads[0].to(h.dtype)], saved, (True, *needs[2:]), **options)
+    h, _, _, _, _, x, gate, seed = saved
+    threshold, scale = options.pop("threshold", 0), options.pop("scale", 1.0)
+    dh, dweight, dbias = vjp(reference)([grads[0].to(h.dtype)], saved, (True, *needs[2:4]), **options)
+    assert dh is not None
     if len(grads) == 2:
-        assert dh is not None
         dh = dh + grads[1]
-    return dh, dh, dweight, dbias
+    dgate = (dh * x).sum_to_size(gate.shape).to(gate.dtype) if gate is not None and needs[4] else None
+    return _branch(dh, gate, seed, threshold, scale).to(grads[0].dtype), dh, dweight, dbias, dgate, None
 
 
 def check_affine(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> None:
@@ -151,10 +188,16 @@ def check_residual(name: str, x: Tensor, residual: Tensor) -> None:
         )
 
 
-def traffic(itemsize: int, parameters: int, *, N: int, D: int, residual: bool, statistics: int = 1) -> Traffic:
-    """x, (residual, h,) y forward; dy, h, (dh_out,) dx backward; the rows' statistics and the parameters once."""
+def traffic(
+    itemsize: int, parameters: int, *, N: int, D: int, residual: bool, statistics: int = 1, dropped: bool = False
+) -> Traffic:
+    """x, (residual, h,) y forward; dy, h, (dh_out,) dx backward; the rows' statistics and the parameters once.
+
+    Where x is dropped from, its gradient is not the residual's, and a seed is read.
+    """
     passes = N * D * itemsize
+    seed = 8 if dropped else 0
     return Traffic(
-        forward=(4 if residual else 2) * passes + parameters * D * itemsize + 4 * statistics * N,
-        backward=(4 if residual else 3) * passes + 2 * parameters * D * itemsize + 4 * statistics * N,
+        forward=(4 if residual else 2) * passes + parameters * D * itemsize + 4 * statistics * N + seed,
+        backward=(3 + residual + dropped) * passes + 2 * parameters * D * itemsize + 4 * statistics * N + seed,
     )

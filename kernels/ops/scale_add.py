@@ -198,7 +198,7 @@ def _gradients(
     dresidual = None if residual is None else dy.to(residual.dtype)
     if scale is None:
         return g.to(x.dtype), dresidual, None, None
-    dscale = column_sum(g, _dropped(x.to(g.dtype), seed, threshold, 1.0)).to(scale.dtype) if needs[2] else None
+    dscale = column_sum(scale, g, _dropped(x.to(g.dtype), seed, threshold, 1.0)) if needs[2] else None
     return (g * scale.to(g.dtype)).to(x.dtype), dresidual, dscale, None
 
 

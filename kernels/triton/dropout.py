@@ -28,17 +28,28 @@ def _mix(b):
 
 
 @triton.jit
-def kept(seed, n, d, threshold):
-    """Whether element d of row n stays: [n, d]. ``seed`` points to 64 bits; n is int64."""
+def row_keys(seed, n):
+    """The two keys of each row in n, which is int64; ``seed`` points to 64 bits."""
     key = tl.load(seed)
     first = _mix(key.to(tl.uint32))
     second = _mix(first ^ (key >> 32).to(tl.uint32))
     low = n.to(tl.uint32)
     high = (n >> 32).to(tl.uint32)
-    k1 = _mix(_mix(low ^ first) ^ high ^ second)
-    k2 = _mix(_mix(low + second) ^ high ^ first)
-    bits = _mix(_mix(d.to(tl.uint32)[None, :] ^ k1[:, None]) ^ k2[:, None])
+    return _mix(_mix(low ^ first) ^ high ^ second), _mix(_mix(low + second) ^ high ^ first)
+
+
+@triton.jit
+def kept_in_row(k1, k2, d, threshold):
+    """Whether the elements d of rows with these keys stay; d and the keys broadcast."""
+    bits = _mix(_mix(d.to(tl.uint32) ^ k1) ^ k2)
     return (bits >> 1).to(tl.int32) >= threshold
+
+
+@triton.jit
+def kept(seed, n, d, threshold):
+    """Whether element d of row n stays: [n, d]."""
+    k1, k2 = row_keys(seed, n)
+    return kept_in_row(k1[:, None], k2[:, None], d[None, :], threshold)
 
 
 @triton.jit

@@ -99,3 +99,26 @@ def column_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
     if D:
         launch(_column_sum, (triton.cdiv(D, 32),), partial, out, P, D, BLOCK_P=32, BLOCK_D=32, num_warps=4)
     return out
+
+
+def groups(N: int, D: int, *shared: Tensor | None) -> tuple[int, int]:
+    """Of N rows of D: how many groups share a row of the ``shared`` tensors, and how many rows a group has."""
+    G = max((t.numel() // D for t in shared if t is not None), default=1) if N and D else 1
+    return G, N // G
+
+
+def programs(T: int, BLOCK_N: int, wanted: int, others: int) -> int:
+    """Programs for a group of T rows, so that with ``others`` like it there are as many as ``wanted``."""
+    return min(triton.cdiv(T, BLOCK_N), triton.cdiv(wanted, others))
+
+
+def partial_sums(parameter: Tensor, P: int) -> Tensor:
+    """Where P programs for each group write their parts of a parameter's gradient; of a whole, if there is only one."""
+    dtype = parameter.dtype if P == 1 else torch.float32
+    return torch.empty(P, parameter.numel(), dtype=dtype, device=parameter.device)
+
+
+def group_sum(partial: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient of a parameter, from its parts."""
+    whole = partial if len(partial) == 1 else column_sum(partial, parameter.dtype)
+    return whole.view(parameter.shape)

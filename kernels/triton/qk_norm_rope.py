@@ -235,7 +235,7 @@ def forward(x, weight, bias, cos, sin, *, eps: float, weight_offset: float, cent
     """Return y, and what the backward pass needs: the inputs, and of long heads the mean and 1/√(…) of each."""
     options: dict[str, Any] = {"eps": eps, "weight_offset": weight_offset, "center": center}
     if x.shape[-1] > MAX_HEAD:
-        z, (*_, mean, rstd) = norm.forward(x, None, weight, bias, **options)
+        z, (_, _, _, mean, rstd, *_) = norm.forward(x, None, weight, bias, None, None, **options)
         return rope.turned(z, cos, sin, interleaved), (x, weight, bias, cos, sin, mean, rstd)
     saved = (x, weight, bias, cos, sin)
     x, cos, sin = (rope.adjacent(t) for t in (x, cos, sin))
@@ -261,7 +261,8 @@ def backward(grads, saved, needs, *, eps: float, weight_offset: float, center: b
     options: dict[str, Any] = {"eps": eps, "weight_offset": weight_offset, "center": center}
     if statistics:
         dz = rope.turned(dy.float(), cos, sin, interleaved, transpose=True)
-        dx, _, dw, db = norm.backward((dz,), (x, weight, bias, *statistics), (needs[0], False, *needs[1:3]), **options)
+        normed = (x, weight, bias, *statistics, None, None, None)
+        dx, _, dw, db, *_ = norm.backward((dz,), normed, (needs[0], False, *needs[1:3], False), **options)
         return dx, dw, db, None, None
     x, dy, cos, sin = (rope.adjacent(t) for t in (x, dy, cos, sin))
     dx = torch.empty_like(x)
