@@ -173,8 +173,8 @@ class Op:
     variants: Mapping[str, Options] = field(default_factory=lambda: {"default": {}})
     #: Whether the ATen counterpart draws random numbers of its own, so that its results cannot be judged.
     random: bool = False
-    #: The module class that wraps ``fn``.
-    module: type[torch.nn.Module] | None = None
+    #: The module classes that wrap ``fn``.
+    modules: Sequence[type[torch.nn.Module]] = ()
     #: Allowed error in units of the reference's own. Raising it needs a reason beside it.
     slack: float = 2.0
     #: Whether a gradient flows to any of the inputs.

@@ -67,7 +67,7 @@ def _row(op: Op, kernels: Iterable[dict[str, Any]], times: Iterable[dict[str, An
     floating = tensors[0].is_floating_point()
     return (
         f"`{op.name}`",
-        f"`{op.module.__name__}`" if op.module else "-",
+        ", ".join(f"`{module.__name__}`" for module in op.modules) or "-",
         op.replaces,
         "float32, float16, bfloat16" if floating else _dtype(tensors[0].dtype),
         ", ".join(["triton"] * ("triton" in op.impls) + ["compile", "eager"]),

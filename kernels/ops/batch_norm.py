@@ -342,5 +342,5 @@ BATCH_NORM_ACT = Op(
         "evaluation": {"activation": "relu", "residual": True},
         "evaluation, no affine": {"affine": False},
     },
-    module=BatchNormAct2d,
+    modules=(BatchNormAct2d,),
 )

@@ -165,5 +165,5 @@ BIAS_ACT = Op(
         "relu_squared": {"activation": "relu_squared"},
         "silu, no bias": {"activation": "silu", "bias": False},
     },
-    module=BiasAct,
+    modules=(BiasAct,),
 )

@@ -414,6 +414,6 @@ CROSS_ENTROPY = Op(
         "z-loss": {"z_loss": 1e-2, "reduction": "none"},
         "everything, N-D": {"spatial": True, "weight": True, "label_smoothing": 0.1, "softcap": 5.0, "z_loss": 1e-2},
     },
-    module=CrossEntropyLoss,
+    modules=(CrossEntropyLoss,),
     autocast_to_float32=frozenset({"cpu", "cuda", "xpu"}),
 )

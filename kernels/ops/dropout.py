@@ -188,5 +188,5 @@ DROPOUT = Op(
     errors=_errors,
     variants={"default": {}, "everything dropped": {"p": 1.0}},
     random=True,
-    module=Dropout,
+    modules=(Dropout,),
 )

@@ -170,5 +170,5 @@ DYT = Op(
     axes="... d, , d, d -> ... d",
     errors=_errors,
     variants={"default": {}, "no bias": {"bias": False}},
-    module=DyT,
+    modules=(DyT,),
 )

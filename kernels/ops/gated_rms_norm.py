@@ -296,5 +296,5 @@ GATED_RMS_NORM = Op(
         "gate before the norm": {"norm_before_gate": False},
         "sigmoid, no weight": {"activation": "sigmoid", "weight": False},
     },
-    module=RMSNormGated,
+    modules=(RMSNormGated,),
 )

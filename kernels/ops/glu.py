@@ -240,5 +240,5 @@ PACKED_GLU = Op(
         "relu": {"activation": "relu"},
         "torch's GLU": {"activation": "sigmoid", "gate_first": False},
     },
-    module=GLU,
+    modules=(GLU,),
 )

@@ -253,6 +253,6 @@ GROUP_NORM = Op(
         "one group": {"groups": 1, "activation": "silu"},
         "channels last": {"channels_last": True, "activation": "silu"},
     },
-    module=GroupNorm,
+    modules=(GroupNorm, GroupNormAct),
     autocast_to_float32=frozenset({"cuda"}),
 )

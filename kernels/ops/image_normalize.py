@@ -410,5 +410,5 @@ IMAGE_NORMALIZE = Op(
             "memory_format": torch.contiguous_format,
         },
     },
-    module=ImageNormalize,
+    modules=(ImageNormalize,),
 )

@@ -201,7 +201,7 @@ LAYER_NORM = Op(
     axes="... D, D, D -> ... D",
     errors=_errors,
     variants=_VARIANTS,
-    module=LayerNorm,
+    modules=(LayerNorm,),
     autocast_to_float32=frozenset({"cuda"}),
 )
 

@@ -177,6 +177,6 @@ LAYER_NORM_2D = Op(
         "no affine": {"affine": False},
         "channels last": {"channels_last": True},
     },
-    module=LayerNorm2d,
+    modules=(LayerNorm2d,),
     autocast_to_float32=frozenset({"cuda"}),
 )

@@ -140,6 +140,6 @@ LOG_SOFTMAX = Op(
     axes="... D -> ... D",
     errors=_errors,
     variants={"default": {}, "dim 0": {"dim": 0}},
-    module=LogSoftmax,
+    modules=(LogSoftmax,),
     autocast_to_float32=frozenset({"cuda", "xpu"}),
 )

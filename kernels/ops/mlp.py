@@ -341,7 +341,7 @@ MLP_OP = Op(
     axes="... D, H D, H, O H, O -> ... O",
     errors=_errors,
     variants={"default": {"activation": "gelu"}, "no bias": {"activation": "relu_squared", "bias": False}},
-    module=MLP,
+    modules=(MLP,),
 )
 
 GATED_MLP = Op(
@@ -361,5 +361,5 @@ GATED_MLP = Op(
     axes="... D, H D, H D, O H -> ... O",
     errors=_gated_errors,
     variants={"default": {"activation": "silu"}},
-    module=GatedMLP,
+    modules=(GatedMLP,),
 )

@@ -371,7 +371,7 @@ MODULATED_LAYER_NORM = _op(
         ("affine", "forward"): Excess(1.03, "scale and shift are folded with the norm's own weight and bias first"),
         ("affine", "backward"): Excess(1.04, "and their gradients unfolded last"),
     },
-    module=AdaLayerNormContinuous,
+    modules=(AdaLayerNormContinuous,),
 )
 
 MODULATED_RMS_NORM = _op(

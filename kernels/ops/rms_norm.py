@@ -205,7 +205,7 @@ RMS_NORM = Op(
     axes="... D, D -> ... D",
     errors=_errors,
     variants=_VARIANTS,
-    module=RMSNorm,
+    modules=(RMSNorm,),
 )
 
 ADD_RMS_NORM = Op(

@@ -282,5 +282,5 @@ SCALE_ADD = Op(
         "scale alone": {"residual": False},
         "stochastic depth alone": {"residual": False, "scale": False, "drop_path": 0.5},
     },
-    module=LayerScale,
+    modules=(LayerScale, DropPath),
 )

@@ -332,6 +332,6 @@ SOFTMAX = Op(
         "sink": {"sink": True, "causal": True},
         "dim 1": {"dim": 1},
     },
-    module=Softmax,
+    modules=(Softmax,),
     autocast_to_float32=frozenset({"cuda", "xpu"}),
 )
