@@ -99,8 +99,8 @@ def batch_norm_act(
         RuntimeError: if there is a group, but torch.distributed is not initialized.
         TypeError: if x is not floating point, or group is no process group, or comes with a DTensor.
         ValueError: if x has fewer than two dims, a parameter is not [C], residual has another shape than x, there is
-            no such activation, evaluation lacks its statistics, or training has one element of each channel and no
-            group. (In a group that has only one, the running variance becomes NaN.)
+            no such activation, evaluation lacks its statistics, or training has one element of each channel. (How many
+            a group of processes has is not waited for: the running variance becomes NaN.)
     """
     check("batch_norm_act", x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if residual is not None and residual.shape != x.shape:
@@ -119,19 +119,19 @@ def batch_norm_act(
         return dispatch.run(BATCH_NORM_ACT, x, weight, bias, residual, *statistics, training=False, **options)
     if group is not None:
         check_group("batch_norm_act", x, group)
-        options["group"] = group
+    shared = group is not None and group.size() > 1
     elements = x[:, :1].numel()
-    if elements == 1 and group is None:
+    if elements == 1 and not shared:
         raise ValueError(
             f"batch_norm_act: training needs more than one element of each channel, got {tuple(x.shape)}; "
             "use a larger batch, or training=False"
         )
-    y, mean, var, *counted = dispatch.run(
-        BATCH_NORM_ACT, x, weight, bias, residual, None, None, training=True, **options
-    )
-    if counted:
-        (elements,) = counted
-    if counted or elements:
+    if shared:
+        options["group"] = group
+    y, mean, var, *count = dispatch.run(BATCH_NORM_ACT, x, weight, bias, residual, None, None, training=True, **options)
+    if shared:
+        (elements,) = count
+    if shared or elements:
         _move(running_mean, mean, momentum)
         _move(running_var, var * (elements / (elements - 1)), momentum)
     return y

@@ -1,10 +1,12 @@
 """Batch normalization in pieces, between which processes may share what they found; each of them in plain PyTorch.
 
-moments    mean and var of each channel          n = (x − mean) / √(var + ε)      z = n·weight + bias (+ residual)
-normalize  y = act(z)                            a = dy·act'(z)
-sums       Σ a·n and Σ a of each channel
-gradients  dx = (a − n·mean(a·n) − mean(a))·weight / √(var + ε), or without the means where statistics are given
-           dresidual = a
+    moments    mean and var of each channel          n = (x − mean) / √(var + ε)      z = n·weight + bias (+ residual)
+    normalize  y = act(z)                            a = dy·act'(z)
+    sums       Σ a·n and Σ a of each channel
+    gradients  dx = (a − n·mean(a·n) − mean(a))·weight / √(var + ε), or without the means where statistics are given
+               dresidual = a
+
+What is shared, ``batch_norm_sync`` says.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ Process p finds the mean m_p and the variance v_p of its n_p elements of a chann
 
 so a pass communicates once: forward it gathers (m_p, v_p, n_p), backward it adds up Σ a·n and Σ a. In between run the
 pieces of an implementation. All implementations send the same messages: processes whose batches are of different sizes
-may run different ones, and would wait for each other.
+may run different ones, and would wait for each other. Inside ``torch.compile``, and for second derivatives, the sums of
+the reference are sent: all processes must compile, or none.
 """
 
 from __future__ import annotations
@@ -91,17 +92,14 @@ class _Total(torch.autograd.Function):
 def synchronized(
     pieces: Pieces, *tensors: Tensor | None, training: bool, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, mean, variance and the number of elements, by ``pieces``.
-
-    An empty batch is left to the plain ones, and second derivatives and ``torch.compile`` to :func:`reference`.
-    """
+    """y, mean, variance and the number of elements, by ``pieces``; those of an empty batch by the plain ones."""
     assert training, "given statistics are shared already"
     x, *others = tensors
     assert x is not None
     if torch.compiler.is_compiling():
         return reference(x, *others, **options)
     options["pieces"] = pieces if x.numel() else PLAIN
-    return fused(_forward, _backward, _second, tensors, options, statistics=3)
+    return fused(_forward, _backward, vjp(_y), tensors, options, statistics=3)
 
 
 def _forward(
@@ -151,13 +149,5 @@ def _backward(
     return dx, dweight, dbias, dresidual, None, None
 
 
-def _second(
-    grads: Sequence[Tensor], saved: Sequence[Tensor | None], needs: Sequence[bool], *, pieces: Pieces, **options: Any
-) -> Gradients:
-    return vjp(_y)(grads, saved, needs, **options)
-
-
-def _y(*tensors: Tensor | None, **options: Any) -> Tensor:
-    x, *others = tensors
-    assert x is not None
+def _y(x: Tensor, *others: Tensor | None, pieces: Pieces, **options: Any) -> Tensor:
     return reference(x, *others, **options)[0]

@@ -61,7 +61,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize(x, weight, bias, residual, mean, var, **options: Any) -> Tensor:
-    """y, of given statistics."""
+    """y, with given statistics."""
     return forward(x, weight, bias, residual, mean, var, training=False, **options)[0]
 
 
