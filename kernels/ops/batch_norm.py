@@ -9,8 +9,10 @@ block of a ResNet (He et al., 2016).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,12 @@ from .. import dispatch
 from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
-from .channel_norm import ACTIVATIONS, activation_name, check, dense, draw_images, per_channel, pulled_back
+from .batch_norm_pieces import PLAIN, Pieces, gradients, moments, normalize, parameter_gradients, sums
+from .batch_norm_sync import check_group, synchronized
+from .channel_norm import ACTIVATIONS, activation_name, check, dense, draw_images
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def reference(
@@ -34,30 +41,19 @@ def reference(
     training: bool,
     eps: float,
     activation: str,
+    group: ProcessGroup | None = None,
 ) -> Any:
-    """Batch normalization in plain PyTorch: float32 (or wider) inside; in training y, mean and variance, else y."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    """Batch normalization in plain PyTorch: float32 (or wider) inside; in training y, mean and variance, else y.
+
+    With a group also the number of elements of a channel in all its processes.
+    """
+    if group is not None:
+        tensors = (x, weight, bias, residual, mean, var)
+        return synchronized(PLAIN, *tensors, training=training, group=group, eps=eps, activation=activation)
     if training:
-        mean = _channel_mean(wide)
-        var = _channel_mean((wide - per_channel(mean, wide)).square())
-    assert mean is not None
-    assert var is not None
-    n = (wide - per_channel(mean, wide)) * per_channel(torch.rsqrt(var.to(wide.dtype) + eps), wide)
-    y = ACTIVATIONS[activation](_shifted(n, weight, bias, residual)).to(x.dtype)
+        mean, var = moments(x)
+    y = normalize(x, weight, bias, residual, mean, var, eps=eps, activation=activation)
     return (y, mean, var) if training else y
-
-
-def _channel_mean(x: Tensor) -> Tensor:
-    """[C]: the mean over each image, then over the batch, which halves a sum's rounding error."""
-    return (x.flatten(2).mean(-1) if x.dim() > 2 else x).mean(0)
-
-
-def _shifted(n: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    if weight is not None:
-        n = n * per_channel(weight, n)
-    if bias is not None:
-        n = n + per_channel(bias, n)
-    return n if residual is None else n + residual.to(n.dtype)
 
 
 def batch_norm_act(
@@ -72,6 +68,7 @@ def batch_norm_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Batch normalization, residual add and activation: ``act((x − mean) / √(var + eps) · weight + bias + residual)``.
 
@@ -90,14 +87,20 @@ def batch_norm_act(
         momentum: how far the running statistics move, of the way to the batch's.
         eps: added to the variance.
         activation: None, ``"relu"`` or ``"silu"``.
+        group: in training, take the statistics over the batches of all its processes, which may be of different sizes,
+            as ``torch.nn.SyncBatchNorm`` does; all of them must make this call. None for those of this process alone.
+            The gradients of weight and bias are this process's share, for DistributedDataParallel to bring together.
+            x must be a plain tensor: a DTensor may be sharded over its batch in evaluation only.
 
     Returns:
         [N, C, *] in x's dtype and memory format.
 
     Raises:
-        TypeError: if x is not floating point.
+        RuntimeError: if there is a group, but torch.distributed is not initialized.
+        TypeError: if x is not floating point, or group is no process group, or comes with a DTensor.
         ValueError: if x has fewer than two dims, a parameter is not [C], residual has another shape than x, there is
-            no such activation, evaluation lacks its statistics, or training has one element of each channel.
+            no such activation, evaluation lacks its statistics, or training has one element of each channel. (How many
+            a group of processes has is not waited for: the running variance becomes NaN.)
     """
     check("batch_norm_act", x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if residual is not None and residual.shape != x.shape:
@@ -114,14 +117,21 @@ def batch_norm_act(
             )
         statistics = (running_mean, running_var)
         return dispatch.run(BATCH_NORM_ACT, x, weight, bias, residual, *statistics, training=False, **options)
+    if group is not None:
+        check_group("batch_norm_act", x, group)
+    shared = group is not None and group.size() > 1
     elements = x[:, :1].numel()
-    if elements == 1:
+    if elements == 1 and not shared:
         raise ValueError(
             f"batch_norm_act: training needs more than one element of each channel, got {tuple(x.shape)}; "
             "use a larger batch, or training=False"
         )
-    y, mean, var = dispatch.run(BATCH_NORM_ACT, x, weight, bias, residual, None, None, training=True, **options)
-    if elements:
+    if shared:
+        options["group"] = group
+    y, mean, var, *count = dispatch.run(BATCH_NORM_ACT, x, weight, bias, residual, None, None, training=True, **options)
+    if shared:
+        (elements,) = count
+    if shared or elements:
         _move(running_mean, mean, momentum)
         _move(running_var, var * (elements / (elements - 1)), momentum)
     return y
@@ -145,6 +155,10 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         affine: learn a scale and a shift for each channel.
         track_running_stats: keep running statistics for evaluation.
         act: None, ``"relu"`` or ``"silu"``.
+        process_group: as of ``torch.nn.SyncBatchNorm``: the processes to share statistics with in training. Unlike
+            there, None is this process alone; ``torch.distributed.group.WORLD`` is all, once they are initialized. A
+            built model is synchronized by setting this attribute of its norms, not by
+            ``SyncBatchNorm.convert_sync_batchnorm``, which would put norms without an activation in their place.
     """
 
     def __init__(
@@ -155,11 +169,13 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         affine: bool = True,
         track_running_stats: bool = True,
         act: str | None = None,
+        process_group: ProcessGroup | None = None,
         **factory: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
         activation_name("BatchNormAct2d", act)
         self.act = act
+        self.process_group = process_group
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, C, H, W], and a residual like it → the same shape, dtype and memory format."""
@@ -181,7 +197,15 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             momentum=momentum or 0.0,
             eps=self.eps,
             activation=self.act,
+            group=self.process_group if self.training else None,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchNormAct2d:
+        memo[id(self.process_group)] = self.process_group  # a handle: torch refuses to copy it
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -196,10 +220,16 @@ def _y(x: Tensor, *others: Tensor | None, **options: Any) -> Tensor:
 def _triton(*tensors: Tensor | None, **options: Any) -> Any:
     from ..triton import batch_norm as kernels
 
+    if "group" in options:
+        pieces = Pieces(kernels.moments, kernels.normalize, kernels.sums, kernels.gradients)
+        return synchronized(pieces, *tensors, **options)
     return fused(kernels.forward, kernels.backward, vjp(_y), tensors, options, statistics=2 * options["training"])
 
 
 def _compiled(*tensors: Tensor | None, **options: Any) -> Any:
+    if "group" in options:
+        pieces = Pieces(*(functools.partial(_compiled_piece, piece) for piece in PLAIN))
+        return synchronized(pieces, *tensors, **options)
     return fused(_compiled_forward, _compiled_backward, vjp(_y), tensors, options, statistics=2 * options["training"])
 
 
@@ -207,12 +237,17 @@ def _compiled_forward(x: Tensor, *others: Tensor | None, **options: Any) -> Any:
     return compiled_call(reference, (dense(x), *others), options), (x, *others)
 
 
+def _compiled_piece(piece: Callable[..., Any], *tensors: Tensor | None, **options: Any) -> Any:
+    laid = (t if t is None or t.dim() == 1 else dense(t) for t in tensors)
+    return compiled_call(piece, tuple(laid), options)
+
+
 def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
     x, *others = saved
-    return compiled_call(_gradients, (dense(grads[0]), dense(x), *others), {"needs": tuple(needs), **options})
+    return compiled_call(_closed_form, (dense(grads[0]), dense(x), *others), {"needs": tuple(needs), **options})
 
 
-def _gradients(
+def _closed_form(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -226,24 +261,15 @@ def _gradients(
     eps: float,
     activation: str,
 ) -> Gradients:
-    """The gradients in closed form, from the means over each channel of a·n and a."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    """The gradients in closed form, from the sums over each channel of a·n and a."""
     if training:
-        mean = _channel_mean(wide)
-        var = _channel_mean((wide - per_channel(mean, wide)).square())
-    assert mean is not None
-    assert var is not None
-    rstd = per_channel(torch.rsqrt(var.to(wide.dtype) + eps), wide)
-    n = (wide - per_channel(mean, wide)) * rstd
-    a = pulled_back(dy, _shifted(n, weight, bias, residual), activation)
-    mean_an, mean_a = _channel_mean(a * n), _channel_mean(a)
-    elements = x[:, :1].numel()
-    dweight = (mean_an * elements).to(weight.dtype) if weight is not None and needs[1] else None
-    dbias = (mean_a * elements).to(bias.dtype) if bias is not None and needs[2] else None
-    dresidual = a.to(residual.dtype) if residual is not None and needs[3] else None
-    dx = a - n * per_channel(mean_an, n) - per_channel(mean_a, n) if training else a
-    dx = dx * rstd if weight is None else dx * (rstd * per_channel(weight, n))
-    return dx.to(x.dtype) if needs[0] else None, dweight, dbias, dresidual, None, None
+        mean, var = moments(x)
+    tensors = (dy, x, weight, bias, residual, mean, var)
+    found = sums(*tensors, eps=eps, activation=activation)
+    dweight, dbias = parameter_gradients(found, weight, bias, needs[1:3])
+    means = found / x[:, :1].numel() if training else None
+    dx, dresidual = gradients(*tensors, means, needs=(needs[0], needs[3]), eps=eps, activation=activation)
+    return dx, dweight, dbias, dresidual, None, None
 
 
 def _aten(
@@ -285,6 +311,8 @@ def _errors() -> Iterator[ErrorInput]:
     yield ErrorInput(Call((x, ones, ones, None, None, x[:1])), ValueError, r"residual must have .*got \(1, 8, 3\)")
     yield ErrorInput(Call((x, None, None)), ValueError, "evaluation needs running_mean and running_var")
     yield ErrorInput(Call((x[:1, :, :1], ones, ones), {"training": True}), ValueError, r"more than one.*\(1, 8, 1\)")
+    group = {"training": True, "group": "world"}
+    yield ErrorInput(Call((x, ones, ones), group), RuntimeError, "group needs torch.distributed, which is not initial")
     yield ErrorInput(Call((x, ones, ones), {"activation": "gelu"}), ValueError, r"None, 'relu' or 'silu', got 'gelu'")
 
 
@@ -328,7 +356,7 @@ BATCH_NORM_ACT = Op(
         ("residual", "forward"): Excess(1.35, _FORWARD),
         ("residual", "backward"): Excess(1.62, _BACKWARD),
         ("channels last", "forward"): Excess(1.55, _FORWARD),
-        ("channels last", "backward"): Excess(1.70, _BACKWARD),
+        ("channels last", "backward"): Excess(1.72, _BACKWARD),
         ("evaluation", "backward"): Excess(1.62, "training's kernels, which need the sums first, serve this rare pass"),
     },
     flops=lambda N, C, S: 9 * N * C * S,

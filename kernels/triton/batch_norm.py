@@ -5,7 +5,8 @@
               dw = Σ a·n        db = Σ a   dresidual = a
 
 A channel's elements are spread over the batch and never fit into a program, so training reads x twice forward, and dy,
-x and the residual twice backward; evaluation reads all of them once. The kernels are those of ``channel_norm``.
+x and the residual twice backward; evaluation reads all of them once. The kernels are those of ``channel_norm``. They
+are launched by ``forward`` and ``backward``, or one by one where several processes share their statistics in between.
 """
 
 from __future__ import annotations
@@ -50,6 +51,34 @@ def backward(grads, saved, needs, *, training: bool, eps: float, activation: str
             means = channel_norm.group_means(found, weight, view, view.R * view.S)
     dx, dresidual = channel_norm.gradient(*tensors, means, view, (needs[0], needs[3]), **options)
     return dx, dweight, dbias, dresidual, None, None
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and the variance of each channel, as forward in training finds them."""
+    view = _view(x)
+    mean, var = channel_norm.moments(channel_norm.laid_out(x, view.last), view)
+    return mean.view(-1), var.view(-1)
+
+
+def normalize(x, weight, bias, residual, mean, var, **options: Any) -> Tensor:
+    """y, with given statistics."""
+    return forward(x, weight, bias, residual, mean, var, training=False, **options)[0]
+
+
+def sums(dy, x, weight, bias, residual, mean, var, **options: Any) -> Tensor:
+    """Σ a·n and Σ a of each channel: float32 [2, C]."""
+    view = _view(x)
+    dy, laid, added = _laid_out(view, dy, x, residual)
+    return channel_norm.channel_sums(channel_norm.sums(dy, laid, added, weight, bias, mean, var, view, **options), view)
+
+
+def gradients(dy, x, weight, bias, residual, mean, var, means, *, needs, **options: Any):
+    """The gradients of x and residual, from the means of a·n and a over each channel."""
+    view = _view(x)
+    dy, laid, added = _laid_out(view, dy, x, residual)
+    if means is not None and weight is not None:
+        means = means * weight
+    return channel_norm.gradient(dy, laid, added, weight, bias, mean, var, means, view, needs, **options)
 
 
 def _view(x: Tensor) -> View:

@@ -291,9 +291,14 @@ def parameter_gradients(sums: Sums, weight, bias, view: View, needs) -> tuple[Te
     """The gradients of weight and bias: the sums over samples and parts."""
     if not any(needs):
         return None, None
-    total = sums.partial[..., : sums.found].unflatten(-1, (-1, view.K)).sum((1, 3)).view(2, view.C)
+    total = channel_sums(sums, view)
     dw, db = (t.to(p.dtype) if need else None for t, p, need in zip(total, (weight, bias), needs, strict=True))
     return dw, db
+
+
+def channel_sums(sums: Sums, view: View) -> Tensor:
+    """Σ a·n and Σ a of each channel, over samples and parts: float32 [2, C]."""
+    return sums.partial[..., : sums.found].unflatten(-1, (-1, view.K)).sum((1, 3)).view(2, view.C)
 
 
 def gradient(
