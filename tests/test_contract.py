@@ -139,11 +139,11 @@ MUTANTS = {
         "w = tl.load(weight + group * weight_stride + d,",
         "w = tl.load(weight + d,",
     ),
-    "the gradient of the gate of one program only": Mutant(
+    "the gradients of all samples in one place": Mutant(
         "add_modulated_layer_norm",
         "norm",
         "at_partial = (p * (tl.num_programs(0) // P) + group) * D + d",
-        "at_partial = group * D + d",
+        "at_partial = p * (tl.num_programs(0) // P) * D + d",
     ),
     "another group's weight": Mutant(
         "gated_rms_norm", "gated_norm", "w = tl.load(weight + d,", "w = tl.load(weight + d % D,"
