@@ -119,6 +119,10 @@ def _module_is_synchronized_in_training_only(rank: int) -> None:
     assert copy.deepcopy(ours).process_group is ours.process_group
     if rank == 0:  # nobody else is waited for
         torch.testing.assert_close(ours.eval()(own), theirs.eval()(own))
+        untracked = BatchNormAct2d(C, track_running_stats=False, process_group=dist.group.WORLD).eval()
+        torch.testing.assert_close(
+            untracked(own), F.batch_norm(own, None, None, untracked.weight, untracked.bias, True)
+        )
 
 
 def _what_is_no_group_is_refused(rank: int) -> None:
