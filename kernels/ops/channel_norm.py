@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..op import Draw
+from . import checks
 
 #: What may follow a normalization.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -20,8 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def check(name: str, x: Tensor, **per_channel: Tensor | None) -> None:
     """Raise unless x is floating point with a dim of channels, and every named parameter has an element for each."""
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: x must be a floating-point tensor, got {x.dtype}; convert it, e.g. x.float()")
+    checks.floating(name, x=x)
     if x.dim() < 2:
         raise ValueError(
             f"{name}: x must have at least two dims, [N, C, ...], got {tuple(x.shape)}; unsqueeze the missing one"

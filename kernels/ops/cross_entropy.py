@@ -25,6 +25,7 @@ from .. import dispatch, sharding
 from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
+from . import checks
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -170,8 +171,7 @@ def _counted_weight(target: Tensor, weight: Tensor | None, *, ignore_index: int)
 
 
 def _check(x: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"cross_entropy: x must be a floating-point tensor, got {x.dtype}; convert it, e.g. x.float()")
+    checks.floating("cross_entropy", x=x)
     if target.is_floating_point():
         raise ValueError(
             "cross_entropy: softcap and z_loss need class indices as target, got class probabilities "

@@ -18,6 +18,7 @@ from .. import dispatch
 from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
+from . import checks
 
 
 def reference(x: Tensor) -> Tensor:
@@ -58,8 +59,7 @@ class LogSoftmax(torch.nn.LogSoftmax):
 
 
 def _check(x: Tensor, dim: int) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"log_softmax: x must be a floating-point tensor, got {x.dtype}; convert it, e.g. x.float()")
+    checks.floating("log_softmax", x=x)
     if x.dim() == 0:
         raise ValueError("log_softmax: x must have at least one dimension to sum over, got a scalar")
     if not -x.dim() <= dim < x.dim():

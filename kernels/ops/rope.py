@@ -19,6 +19,7 @@ from .. import dispatch
 from ..autograd import Gradients, fused
 from ..compiled import compiled, compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
+from . import checks
 
 
 def rotate(x: Tensor, interleaved: bool) -> Tensor:
@@ -73,12 +74,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
 
 def check(name: str, label: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Raise unless x, which the caller knows as ``label``, can turn by cos and sin."""
-    for argument, tensor in ((label, x), ("cos", cos), ("sin", sin)):
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"{name}: {argument} must be a floating-point tensor, got {tensor.dtype}; "
-                f"convert it, e.g. {argument}.float()"
-            )
+    checks.floating(name, **{label: x}, cos=cos, sin=sin)
     if x.dim() < 2:
         raise ValueError(
             f"{name}: {label} must have at least two dims, [..., S, D], got {tuple(x.shape)}; unsqueeze it"

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..autograd import Gradients, fused, vjp
 from ..compiled import column_sum, compiled_call
 from ..op import Traffic
-from . import dropout
+from . import checks, dropout
 
 
 def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Tensor:
@@ -167,8 +167,7 @@ def _second(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
 
 def check_affine(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> None:
     """Raise unless x is a floating-point tensor with rows, and weight and bias fit them."""
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: x must be a floating-point tensor, got {x.dtype}; convert it, e.g. x.float()")
+    checks.floating(name, x=x)
     if x.dim() == 0:
         raise ValueError(f"{name}: x must have at least one dimension to normalize over, got a scalar")
     for label, parameter in (("weight", weight), ("bias", bias)):

@@ -22,6 +22,7 @@ from .. import dispatch
 from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled, compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
+from . import checks
 
 
 def reference(
@@ -107,8 +108,7 @@ class Softmax(torch.nn.Softmax):
 
 
 def _check(x: Tensor, causal: bool, dim: int) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"softmax: x must be a floating-point tensor, got {x.dtype}; convert it, e.g. x.float()")
+    checks.floating("softmax", x=x)
     if x.dim() == 0:
         raise ValueError("softmax: x must have at least one dimension to sum over, got a scalar")
     if not -x.dim() <= dim < x.dim():
@@ -135,10 +135,7 @@ def _check_mask(x: Tensor, mask: Tensor | None) -> None:
 def _check_sink(x: Tensor, sink: Tensor | None, dim: int) -> None:
     if sink is None:
         return
-    if not sink.is_floating_point():
-        raise TypeError(
-            f"softmax: sink must be a floating-point tensor, got {sink.dtype}; convert it, e.g. sink.float()"
-        )
+    checks.floating("softmax", sink=sink)
     rows = list(x.shape)
     rows[dim] = 1
     if not _broadcasts(sink.shape, rows):
