@@ -73,8 +73,10 @@ def test_no_register_spills_on_any_target(op, which):
 
 @each_pass
 def test_memory_is_accessed_128_bits_at_a_time(op, which):
-    # Some calls only write a number for each row, or for each column.
-    reductions = {r["variant"] for r in records("traffic", op, which) if r["bytes_written"] <= r["bytes"] / 20}
+    # Some kernels only write a number for each row, or for each column: those of the plain call, or of one variant.
+    traffic = records("traffic", op, which)
+    reductions = {r["variant"] for r in traffic if r["bytes_written"] <= r["bytes"] / 20}
+    plain = traffic[0]["variant"]
     for target in ("sm_90", "gfx942"):
         calls: dict[str, list[dict[str, Any]]] = {}
         for record in records("code", op, which):
@@ -83,7 +85,7 @@ def test_memory_is_accessed_128_bits_at_a_time(op, which):
         assert calls
         for call, kernels in calls.items():
             assert all(r["widest_load"] >= 128 for r in kernels), (call, kernels)
-            if kernels[0]["variant"] not in reductions:
+            if not {kernels[0]["variant"], plain} & reductions:
                 assert max(r["widest_store"] for r in kernels) >= 128, (call, kernels)
 
 

@@ -98,14 +98,15 @@ def backward(grads, saved, needs):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
     partial = [
         torch.empty(shape, dtype=torch.float32, device=x.device) if need else None
-        for shape, need in zip(((blocks * programs, 1), (programs, D), (programs, D)), needs[1:], strict=True)
+        for shape, need in zip(((blocks * programs,), (programs, D), (programs, D)), needs[1:], strict=True)
     ]
     if x.numel():
         launch(_backward, grid,
             dy_rows, x_rows, alpha, contiguous(weight), dx, *partial, dy_rows.stride(0), x_rows.stride(0), N, D, **meta
         )  # fmt: skip
-    dalpha, dw, db = (
+    dalpha = None if partial[0] is None else partial[0].sum().to(alpha.dtype).view(alpha.shape)
+    dw, db = (
         None if sums is None else column_sum(sums, parameter.dtype)
-        for sums, parameter in zip(partial, (alpha, weight, bias), strict=True)
+        for sums, parameter in zip(partial[1:], (weight, bias), strict=True)
     )
-    return dx, None if dalpha is None else dalpha.view(alpha.shape), dw, db
+    return dx, dalpha, dw, db
