@@ -193,8 +193,8 @@ def backward(
     dh = torch.empty(h.shape, dtype=h.dtype, device=device) if needs[1] or (needs[0] and not branched) else None
     dx = torch.empty(h.shape, dtype=dy.dtype, device=device) if needs[0] and branched else None
     long = _is_long(D, gate, seed)
-    # With 8 warps the long backward kernel spilled 8 bytes on sm_100 (residual add, bf16).
-    BLOCK_N, BLOCK_D, num_warps = (1, LONG_BLOCK, 4) if long else tile(D, T)
+    # With 8 warps the long backward kernel spilled 8 bytes on sm_100 (residual add, bf16); with 4 and a gate, more.
+    BLOCK_N, BLOCK_D, num_warps = (1, LONG_BLOCK, 8 if branched else 4) if long else tile(D, T)
     column_blocks = triton.cdiv(D, BLOCK_D)
     P = programs(T, BLOCK_N, 2 * multiprocessors(device), G * column_blocks)
     shared = (weight, bias, gate)
