@@ -14,7 +14,7 @@ import importlib.util
 import hypothesis
 import pytest
 
-hypothesis.settings.register_profile("default", max_examples=20, derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("default", max_examples=15, derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("deep", max_examples=1000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
