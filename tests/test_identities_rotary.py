@@ -377,7 +377,8 @@ def test_normalized_heads_of_six_dims_with_tables_along_every_other(backend: str
         y = qk_norm_rope(x, weight, cos, sin)
         gradients = torch.autograd.grad(y, (x, weight), dy)
     torch.testing.assert_close(y, wanted)
-    torch.testing.assert_close(gradients, torch.autograd.grad(wanted, (x, weight), dy), rtol=1e-5, atol=1e-5)
+    # An element of the weight's gradient adds up 72 products, each of the order of 1.
+    torch.testing.assert_close(gradients, torch.autograd.grad(wanted, (x, weight), dy), rtol=72 * EPS, atol=72 * EPS)
 
 
 @each_backend
