@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from braze.kernels.audit.cases import audited_operators
 from braze.kernels.audit.child import audit
 from braze.kernels.audit.machine_code import TARGETS
 
@@ -25,7 +26,9 @@ ALLOWED = 1.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: ``--quick`` and ``--json`` say it all."""
+    """Add ``--op``."""
+    names = [op.name for op in audited_operators()]
+    parser.add_argument("--op", action="append", choices=names, metavar="NAME", help=f"only this: {', '.join(names)}")
 
 
 def run(arguments: argparse.Namespace) -> list[Record]:
@@ -37,7 +40,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
         records = [
             record
             for what, label in zip(whats, ("bytes moved", "machine code"), strict=True)
-            for record in audit(what, quick=arguments.quick, progress=_onto(bar, label))
+            for record in audit(what, quick=arguments.quick, ops=arguments.op or (), progress=_onto(bar, label))
         ]
     if not console.is_terminal:
         console.width = 170

@@ -9,28 +9,31 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from braze.kernels import OPS
+from braze.kernels.audit.cases import audited_operators
 from braze.kernels.audit.child import audit
 from braze.kernels.audit.machine_code import TARGETS
+from braze.kernels.op import Op
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None, reason="Triton is not installed: no kernel to audit"
-    ),
-    # One process audits for all of these tests.
-    pytest.mark.xdist_group("kernel audit"),
-]
-KERNELS = [op for op in OPS if "triton" in op.impls]
-each_op = pytest.mark.parametrize("op", KERNELS, ids=str)
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: no kernel to audit"
+)
+
+
+def in_one_process(op: Op, *more: Any, id: str) -> Any:
+    """A parameter set whose tests share a worker, because they share the audit of an operator."""
+    return pytest.param(op, *more, id=id, marks=pytest.mark.xdist_group(f"audit of {op}"))
+
+
+each_op = pytest.mark.parametrize("op", [in_one_process(op, id=str(op)) for op in audited_operators()])
 each_pass = pytest.mark.parametrize(
     ("op", "which"),
     [
-        pytest.param(op, which, id=f"{op}-{which}")
-        for op in KERNELS
+        in_one_process(op, which, id=f"{op}-{which}")
+        for op in audited_operators()
         for which in ("forward", "backward")
         if which == "forward" or op.differentiable
     ],
@@ -38,12 +41,12 @@ each_pass = pytest.mark.parametrize(
 
 
 @cache
-def audited(what: str) -> list[dict[str, Any]]:
-    return audit(what, quick=True)
+def audited(what: Literal["traffic", "code"], op: str) -> list[dict[str, Any]]:
+    return audit(what, quick=True, ops=[op])
 
 
-def records(what: str, op: Any, which: str) -> list[dict[str, Any]]:
-    found = [r for r in audited(what) if r["op"] == op.name and r["pass"] == which]
+def records(what: Literal["traffic", "code"], op: Op, which: str) -> list[dict[str, Any]]:
+    found = [r for r in audited(what, op.name) if r["pass"] == which]
     assert found, f"the audit of {what} has nothing on the {which} pass of {op}"
     return found
 

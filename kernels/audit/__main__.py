@@ -1,4 +1,4 @@
-"""The auditing process: ``python -m braze.kernels.audit traffic|code [--quick]`` prints a JSON record a line.
+"""The auditing process: ``python -m braze.kernels.audit traffic|code [--quick] [--op NAME]`` prints a JSON record a line.
 
 A first line says how many calls will be audited; each record says in ``"call"`` which of them it is from.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..op import Dims, Draw, Op
-from .cases import Case, Shapes, cases, everything_in_triton, passes
+from .cases import Case, Shapes, audited_operators, cases, everything_in_triton, passes
 from .machine_code import TARGETS, compiled
 from .traffic import metered
 
@@ -36,9 +36,11 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m braze.kernels.audit", description=__doc__)
     parser.add_argument("what", choices=("traffic", "code"))
     parser.add_argument("--quick", action="store_true", help="the pairs of size, variant and dtype that differ most")
+    parser.add_argument("--op", action="append", metavar="NAME", help="only this operator; may be repeated")
     arguments = parser.parse_args()
+    ops = [op for op in audited_operators() if not arguments.op or op.name in arguments.op]
     audit = {"traffic": traffic, "code": code}[arguments.what]
-    found = list(cases(SIZES[arguments.what, arguments.quick], arguments.quick))
+    found = list(cases(ops, SIZES[arguments.what, arguments.quick], arguments.quick))
     print(json.dumps({"calls": len(found)}), flush=True)
     with everything_in_triton():
         for number, case in enumerate(found):

@@ -11,14 +11,18 @@ from typing import Any, Literal
 
 
 def audit(
-    what: Literal["traffic", "code"], *, quick: bool, progress: Callable[[int, int], None] = lambda done, calls: None
+    what: Literal["traffic", "code"],
+    *,
+    quick: bool,
+    ops: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, calls: None,
 ) -> list[dict[str, Any]]:
-    """Every record of an audit; ``progress(done, calls)`` is called as they come.
+    """Every record of an audit of ``ops``, or of all operators; ``progress(done, calls)`` is called as they come.
 
     Raises:
         RuntimeError: if a kernel does not run or compile, with what the auditing process said.
     """
-    arguments = ["-m", "braze.kernels.audit", what, *(["--quick"] if quick else [])]
+    arguments = ["-m", "braze.kernels.audit", what, *(["--quick"] if quick else []), *(f"--op={op}" for op in ops)]
     records = []
     with _python(arguments, interpret=what == "traffic") as process:
         assert process.stdout is not None

@@ -175,7 +175,7 @@ DROPOUT_ADD = Op(
     dims={"N": (0, 1, 2, 33, 129), "D": (0, 1, 31, 32, 33, 127, 256, 257, 1025)},
     # BERT-base (batch 8) and GPT-2 XL.
     bench=({"N": 4096, "D": 768}, {"N": 4096, "D": 1600}),
-    audit=({"N": 4096, "D": 1024}, {"N": 4096, "D": 1600}),
+    audit=({"N": 1024, "D": 512}, {"N": 512, "D": 1600}),
     traffic=_traffic,
     flops=lambda N, D: 22 * N * D,
     aten=_aten,

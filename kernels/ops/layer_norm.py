@@ -178,7 +178,7 @@ def _add_traffic(itemsize: int, *, N: int, D: int, weight: bool = True, bias: bo
 
 _DIMS = {"N": (0, 1, 2, 5, 129), "D": (1, 31, 32, 33, 127, 128, 129, 1023, 1025, 16_384, 16_385)}
 _BENCH = ({"N": 2048, "D": 1024}, {"N": 4096, "D": 4096})
-_AUDIT = ({"N": 4096, "D": 128}, {"N": 4096, "D": 1024}, {"N": 4096, "D": 8192}, {"N": 64, "D": 262_144})
+_AUDIT = ({"N": 512, "D": 128}, {"N": 512, "D": 1024}, {"N": 512, "D": 8192}, {"N": 16, "D": 262_144})
 _VARIANTS: dict[str, Options] = {
     "default": {},
     "no bias": {"bias": False},

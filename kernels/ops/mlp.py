@@ -322,7 +322,7 @@ def _gated_traffic(itemsize: int, *, N: int, D: int, H: int, **_: Any) -> Traffi
 
 
 _DIMS = {"N": (0, 1, 2, 33), "D": (1, 8, 31), "H": (1, 32, 65)}
-_AUDIT = ({"N": 1024, "D": 256, "H": 1024},)
+_AUDIT = ({"N": 512, "D": 128, "H": 512},)
 
 MLP_OP = Op(
     name="mlp",
