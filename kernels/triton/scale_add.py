@@ -23,17 +23,19 @@ from .launch import column_sum, column_tiles, contiguous, launch, rows
 
 @triton.jit
 def _multipliers(seed, tile, N, R, threshold, keep_scale, BLOCK_N: tl.constexpr):
-    """The rows of a tile, whether each is read, and its m."""
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    read = n < N
+    """The rows of a tile, whether each is there, whether it is read, and its m."""
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = n < N
+    read = there
     m = tl.full([BLOCK_N], 1.0, tl.float32)
     if seed is not None:
-        # A 64-bit division takes a hundred instructions: one a tile, not one a row.
-        first = tl.cast(tile, tl.int64) * BLOCK_N
+        # A 64-bit division takes a hundred instructions: one a tile, not one a row, and only where N has 64 bits, which
+        # the tile's number then has too.
+        first = tile * BLOCK_N
         sample = first // R + ((first % R).to(tl.int32) + tl.arange(0, BLOCK_N)) // R
         read &= tl.reshape(kept(seed, sample, tl.arange(0, 1), threshold), [BLOCK_N])
         m = tl.where(read, keep_scale, 0.0)
-    return n, read, m
+    return n.to(tl.int64), there, read, m
 
 
 @triton.jit
@@ -45,9 +47,10 @@ def _forward(
     in_row = d < D
     if scale is not None:
         gamma = tl.load(scale + d, in_row, other=0.0).to(tl.float32)
-    for tile in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
-        n, read, m = _multipliers(seed, tile, N, R, threshold, keep_scale, BLOCK_N)
-        mask = (n < N)[:, None] & in_row[None, :]
+    # With what the loop could share kept in registers, ptxas spilled one for sm_100.
+    for tile in tl.range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1), disable_licm=True):
+        n, there, read, m = _multipliers(seed, tile, N, R, threshold, keep_scale, BLOCK_N)
+        mask = there[:, None] & in_row[None, :]
         in_kept = read[:, None] & in_row[None, :]
         h = tl.load(x + n[:, None] * x_stride + d[None, :], in_kept, other=0.0).to(tl.float32) * m[:, None]
         if scale is not None:
@@ -68,8 +71,8 @@ def _backward(
         gamma = tl.load(scale + d, in_row, other=0.0).to(tl.float32)
     dgamma = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for tile in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
-        n, read, m = _multipliers(seed, tile, N, R, threshold, keep_scale, BLOCK_N)
-        mask = (n < N)[:, None] & in_row[None, :]
+        n, there, read, m = _multipliers(seed, tile, N, R, threshold, keep_scale, BLOCK_N)
+        mask = there[:, None] & in_row[None, :]
         in_kept = read[:, None] & in_row[None, :]
         g = tl.load(dy + n[:, None] * dy_stride + d[None, :], in_kept, other=0.0).to(tl.float32) * m[:, None]
         if dscale_partial is not None:
