@@ -1,6 +1,6 @@
-"""The auditing process: ``python -m braze.kernels.audit traffic|code [--quick] [--op NAME]`` prints a JSON record a line.
+"""The auditing process: ``python -m braze.kernels.audit traffic|code [--quick] [--op NAME]``.
 
-A first line says how many calls will be audited; each record says in ``"call"`` which of them it is from.
+It prints a JSON record a line. A first line says how many calls will be audited; each record says in ``"call"`` which of them it is from.
 """
 
 from __future__ import annotations
