@@ -1,6 +1,7 @@
 """The auditing process: ``python -m braze.kernels.audit traffic|code [--quick] [--op NAME]``.
 
-It prints a JSON record a line. A first line says how many calls will be audited; each record says in ``"call"`` which of them it is from.
+It prints a JSON record a line. A first line says how many calls will be audited; each record says in ``"call"`` which
+of them it is from.
 """
 
 from __future__ import annotations
