@@ -46,6 +46,10 @@ from .ops.layer_norm import layer_norm as layer_norm
 from .ops.layer_norm_2d import LAYER_NORM_2D
 from .ops.layer_norm_2d import LayerNorm2d as LayerNorm2d
 from .ops.layer_norm_2d import layer_norm_2d as layer_norm_2d
+from .ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from .ops.linear_cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
+from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from .ops.linear_log_probs import linear_log_probs as linear_log_probs
 from .ops.log_softmax import LOG_SOFTMAX
 from .ops.log_softmax import LogSoftmax as LogSoftmax
 from .ops.log_softmax import log_softmax as log_softmax
@@ -111,6 +115,7 @@ OPS = (
     L2_NORMALIZE,
     LAYER_NORM,
     LAYER_NORM_2D,
+    LINEAR_CROSS_ENTROPY,
     LOG_SOFTMAX,
     MLP_OP,
     MODULATED_LAYER_NORM,

@@ -3,7 +3,8 @@
 ========================================  ==========================================================================
 where                                     what runs
 ========================================  ==========================================================================
-inside ``torch.compile``, ``export``      the plain reference: the compiler fuses it with its neighbours
+inside ``torch.compile``, ``export``      the plain reference: the compiler fuses it with its neighbours; ``Op.traced``,
+                                          if there is one
 DTensor                                   on every rank's own part, what runs for that (``sharding.py``)
 under a tracer, a dispatch mode,
 ``torch.func``, forward-mode AD, or for
@@ -77,7 +78,7 @@ def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
     if first.device.type in op.autocast_to_float32 and torch.is_autocast_enabled(first.device.type):
         tensors = tuple(_to_float32(t) for t in tensors)
     if torch.compiler.is_compiling():
-        return op.reference(*tensors, **options)
+        return (op.traced or op.reference)(*tensors, **options)
     if any(sharding.is_sharded(t) for t in tensors):
         signature = op.axes if isinstance(op.axes, str) else op.axes(*tensors, **options)
         return sharding.run(op.name, functools.partial(run, op, **options), signature, tensors)

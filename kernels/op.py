@@ -169,6 +169,8 @@ class Op:
     audit: Sequence[Dims] = ()
     #: By variant and pass ("forward", "backward"): where more than 1.02 times the least bytes move.
     excess: Mapping[tuple[str, str], Excess] = field(default_factory=dict)
+    #: What ``torch.compile`` traces in place of ``reference``: for what its compiler would not find by itself.
+    traced: Callable[..., Any] | None = None
     #: Named option sets for ``inputs``: one for each branch of the kernels worth its own test.
     variants: Mapping[str, Options] = field(default_factory=lambda: {"default": {}})
     #: Whether the ATen counterpart draws random numbers of its own, so that its results cannot be judged.

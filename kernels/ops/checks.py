@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import dispatch
+from .autocast import autocasting
+
+REDUCTIONS = ("none", "mean", "sum")
+
 
 def floating(name: str, **tensors: Tensor | None) -> None:
     """Raise unless every tensor is floating point."""
@@ -46,6 +51,65 @@ def like(name: str, x: Tensor, **tensors: Tensor | None) -> None:
                 f"{name}: {label} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}; "
                 "expand it first if it should broadcast"
             )
+
+
+def linear_operands(name: str, **tensors: tuple[Tensor | None, str]) -> None:
+    """Raise unless tensors suit a linear layer: of one dtype, and each dim of the size that its letter has elsewhere.
+
+    The first is [..., D], whatever its letters.
+    """
+    first, (x, _) = next(iter(tensors.items()))
+    assert x is not None
+    floating(name, **{label: tensor for label, (tensor, _) in tensors.items()})
+    if x.dim() == 0:
+        raise ValueError(
+            f"{name}: {first} must have at least one dimension, its features, got a scalar; e.g. {first}.view(1)"
+        )
+    sizes = {"D": x.shape[-1]}
+    for label, (tensor, letters) in tensors.items():
+        if tensor is None or tensor is x:
+            continue
+        if tensor.dtype != x.dtype and not autocasting(x.device.type):
+            raise TypeError(
+                f"{name}: {label} must have the dtype of {first}, {x.dtype}, got {tensor.dtype}; "
+                "convert one, or use torch.autocast"
+            )
+        fits = tensor.dim() == len(letters) and all(
+            sizes.setdefault(letter, size) == size for letter, size in zip(letters, tensor.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join(f"{letter}={sizes[letter]}" if letter in sizes else letter for letter in letters)
+            raise ValueError(
+                f"{name}: {label} must be [{wanted}], got {tuple(tensor.shape)}; "
+                "weights are [out, in], as in torch.nn.Linear"
+            )
+
+
+def loss_options(
+    name: str, reduction: str, label_smoothing: float, softcap: float | None, **constants: Tensor | None
+) -> None:
+    """Raise unless the options of a cross-entropy are in range, and nobody wants a gradient of the constants."""
+    for label, constant in constants.items():
+        if constant is not None and constant.requires_grad:
+            raise ValueError(f"{name}: no gradient flows to {label}, but it requires one; pass {label}.detach()")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{name}: label_smoothing must be between 0 and 1, got {label_smoothing}")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"{name}: softcap must be positive, got {softcap}; None is no cap")
+
+
+def class_indices(name: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise if a target on the CPU is out of range. On a GPU the look would stall the stream."""
+    if target.device.type != "cpu" or torch.compiler.is_compiling() or dispatch.seen_into([target]):
+        return
+    outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if outside.any():
+        raise IndexError(
+            f"{name}: target must be in [0, {classes}) or ignore_index ({ignore_index}), "
+            f"got {target[outside][0].item()}; check the vocabulary size and the padding value"
+        )
 
 
 def rows_of_groups(name: str, x: Tensor, **tensors: Tensor | None) -> list[Tensor | None]:

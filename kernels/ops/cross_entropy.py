@@ -27,8 +27,6 @@ from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 from . import checks
 
-REDUCTIONS = ("none", "mean", "sum")
-
 
 def reference(
     x: Tensor, target: Tensor, weight: Tensor | None, *, softcap: float | None, z_loss: float, **options: Any
@@ -122,8 +120,8 @@ def cross_entropy(
             x, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
     _check(x, target, weight)
-    _check_options(weight, reduction, label_smoothing, softcap)
-    _check_range(x, target, ignore_index)
+    checks.loss_options("cross_entropy", reduction, label_smoothing, softcap, weight=weight)
+    checks.class_indices("cross_entropy", target, x.shape[1 if x.dim() > 1 else 0], ignore_index)
     options = {
         "ignore_index": int(ignore_index),
         "label_smoothing": float(label_smoothing),
@@ -194,29 +192,6 @@ def _check(x: Tensor, target: Tensor, weight: Tensor | None) -> None:
         )
 
 
-def _check_options(weight: Tensor | None, reduction: str, label_smoothing: float, softcap: float | None) -> None:
-    if weight is not None and weight.requires_grad:
-        raise ValueError("cross_entropy: no gradient flows to weight, but it requires one; pass weight.detach()")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"cross_entropy: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"cross_entropy: label_smoothing must be between 0 and 1, got {label_smoothing}")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"cross_entropy: softcap must be positive, got {softcap}; None is no cap")
-
-
-def _check_range(x: Tensor, target: Tensor, ignore_index: int) -> None:
-    if target.device.type != "cpu" or torch.compiler.is_compiling() or dispatch.seen_into([x, target]):
-        return
-    classes = x.shape[1 if x.dim() > 1 else 0]
-    outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if outside.any():
-        raise IndexError(
-            f"cross_entropy: target must be in [0, {classes}) or ignore_index ({ignore_index}), "
-            f"got {target[outside][0].item()}; check the vocabulary size and the padding value"
-        )
-
-
 def _triton(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
     from ..triton import cross_entropy as kernels
 
@@ -241,7 +216,12 @@ def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gr
     return compiled_call(_gradient, (*grads, *saved), options), None, None
 
 
-def _with_statistics(
+def _with_statistics(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+    loss, *statistics = _loss_and_statistics(x, target, weight, **options)
+    return loss.to(x.dtype), *statistics
+
+
+def _loss_and_statistics(
     x: Tensor, target: Tensor, weight: Tensor | None, *, softcap: float | None, z_loss: float, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, max s, log Σ exp(s − max s)): log_softmax spelled out, for the statistics."""
@@ -251,7 +231,17 @@ def _with_statistics(
     log_sum = (s - peak).exp().sum(classes, keepdim=True).log()
     lse = (peak + log_sum).squeeze(classes) if z_loss else None
     loss = _loss(s - peak - log_sum, lse, target, weight, z_loss=z_loss, **options)
-    return loss.to(x.dtype), peak, log_sum
+    return loss, peak, log_sum
+
+
+def losses_and_gradient(
+    x: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None, **options: Any
+) -> Tensor:
+    """The float32 losses [N] of logits [N, C]; the gradient of Σ scale·loss, if there is a scale, replaces x."""
+    losses, peak, log_sum = _loss_and_statistics(x, target, weight, reduction="none", **options)
+    if scale is not None:
+        x.copy_(_gradient(scale, x, target, weight, peak, log_sum, reduction="none", **options))
+    return losses
 
 
 def _gradient(

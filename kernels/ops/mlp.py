@@ -14,7 +14,6 @@ recomputation is that of Chen et al., Training Deep Nets with Sublinear Memory C
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,6 +28,7 @@ from . import bias_act as bias_act_op
 from . import checks
 from . import glu as glu_op
 from .activations import ACTIVATIONS, check_activation
+from .autocast import autocast_operands, without_autocast
 from .bias_act import bias_act
 from .glu import glu
 
@@ -72,7 +72,7 @@ def mlp(
         ValueError: if shapes do not fit, or there is no such activation.
     """
     check_activation("mlp", activation)
-    _check("mlp", x, {"w1": (w1, "HD"), "b1": (b1, "H"), "w2": (w2, "OH"), "b2": (b2, "O")})
+    checks.linear_operands("mlp", x=(x, "D"), w1=(w1, "HD"), b1=(b1, "H"), w2=(w2, "OH"), b2=(b2, "O"))
     return dispatch.run(MLP_OP, x, w1, b1, w2, b2, activation=activation)
 
 
@@ -96,7 +96,7 @@ def gated_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, activa
         ValueError: if shapes do not fit, or there is no such activation.
     """
     check_activation("gated_mlp", activation)
-    _check("gated_mlp", x, {"w_gate": (w_gate, "HD"), "w_up": (w_up, "HD"), "w_down": (w_down, "OH")})
+    checks.linear_operands("gated_mlp", x=(x, "D"), w_gate=(w_gate, "HD"), w_up=(w_up, "HD"), w_down=(w_down, "OH"))
     return dispatch.run(GATED_MLP, x, w_gate, w_up, w_down, activation=activation)
 
 
@@ -184,40 +184,6 @@ class GatedMLP(torch.nn.Module):
         return f"activation={self.activation!r}"
 
 
-def _check(name: str, x: Tensor, weights: dict[str, tuple[Tensor | None, str]]) -> None:
-    """Raise unless every tensor has x's dtype and its dims the sizes that their letters have elsewhere."""
-    checks.floating(name, x=x, **{label: tensor for label, (tensor, _) in weights.items()})
-    if x.dim() == 0:
-        raise ValueError(f"{name}: x must have at least one dimension, its features, got a scalar; e.g. x.view(1)")
-    autocast = _autocasting(x.device.type)
-    sizes = {"D": x.shape[-1]}
-    for label, (tensor, letters) in weights.items():
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype and not autocast:
-            raise TypeError(
-                f"{name}: {label} must have the dtype of x, {x.dtype}, got {tensor.dtype}; "
-                "convert one, or use torch.autocast"
-            )
-        fits = tensor.dim() == len(letters) and all(
-            sizes.setdefault(letter, size) == size for letter, size in zip(letters, tensor.shape, strict=True)
-        )
-        if not fits:
-            wanted = ", ".join(f"{letter}={sizes[letter]}" if letter in sizes else letter for letter in letters)
-            raise ValueError(
-                f"{name}: {label} must be [{wanted}], got {tuple(tensor.shape)}; "
-                "weights are [out, in], as in torch.nn.Linear"
-            )
-
-
-def _autocasting(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _without_autocast(device: str) -> AbstractContextManager[None]:
-    return torch.autocast(device, enabled=False) if _autocasting(device) else nullcontext()
-
-
 def _hidden(x: Tensor, w1: Tensor, b1: Tensor | None, *, activation: str) -> Tensor:
     return bias_act(F.linear(x, w1), b1, activation=activation)
 
@@ -233,16 +199,13 @@ def _recomputed(hidden: Callable[..., Tensor], reference: Callable[..., Tensor])
         return F.linear(hidden(*tensors[:3], **options), *tensors[3:]), tensors
 
     def backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
-        with _without_autocast(saved[0].device.type):  # dtypes were settled on the way forward
+        with without_autocast(saved[0].device.type):  # dtypes were settled on the way forward
             return _gradients(hidden, grads[0], saved, needs, options)
 
     def run(*tensors: Tensor | None, **options: Any) -> Tensor:
+        tensors = autocast_operands(*tensors)
         assert tensors[0] is not None
-        device = tensors[0].device.type
-        if _autocasting(device):
-            dtype = torch.get_autocast_dtype(device)
-            tensors = tuple(t if t is None else t.to(dtype) for t in tensors)
-        with _without_autocast(device):
+        with without_autocast(tensors[0].device.type):
             return fused(forward, backward, vjp(reference), tensors, options)
 
     return run

@@ -126,19 +126,9 @@ def _backward(
     tl.store(dx + n[:, None] * V + v[None, :], ds, (n < N)[:, None] & (v < V)[None, :])
 
 
-def forward(x, target, weight, *, reduction: str, ignore_index: int, label_smoothing: float, softcap, z_loss: float):
+def forward(x, target, weight, *, reduction: str, **options):
     """Return the loss of logits [N, V], and what the backward pass needs."""
-    logits = rows(x)
-    N, V = logits.shape
-    losses, row_weights = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
-    peaks, log_sums = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
-    if x.numel():
-        BLOCK_N, BLOCK_V, num_warps = _block(V)
-        launch(_forward, (triton.cdiv(N, BLOCK_N),),
-            logits, target.contiguous(), contiguous(weight), losses, row_weights if reduction == "mean" else None,
-            peaks, log_sums, logits.stride(0), N, V, ignore_index, label_smoothing, softcap, z_loss or None,
-            SMOOTHED=label_smoothing != 0.0, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, num_warps=num_warps,
-        )  # fmt: skip
+    losses, row_weights, peaks, log_sums = _launch_forward(x, target, weight, reduction == "mean", **options)
     normalizer = None
     if reduction == "none":
         loss = losses
@@ -150,13 +140,45 @@ def forward(x, target, weight, *, reduction: str, ignore_index: int, label_smoot
     return loss.to(x.dtype), (x, target, weight, peaks, log_sums, normalizer)
 
 
-def backward(grads, saved, needs, *, reduction: str, ignore_index: int, label_smoothing: float, softcap, z_loss: float):
+def backward(grads, saved, needs, *, reduction: str, **options):
     """Return the gradient of the logits."""
     x, target, weight, peaks, log_sums, normalizer = saved
-    (grad,) = grads
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch_backward(grads[0], x, target, weight, peaks, log_sums, normalizer, dx, **options)
+    return dx, None, None
+
+
+def losses_and_gradient(x, target, weight, scale, **options):
+    """Return the float32 losses of logits [N, V]; the gradient of Σ scale·loss, if there is a scale, replaces x."""
+    losses, _, peaks, log_sums = _launch_forward(x, target, weight, False, **options)
+    if scale is not None:
+        _launch_backward(scale, x, target, weight, peaks, log_sums, None, x, **options)
+    return losses
+
+
+def _launch_forward(
+    x, target, weight, weighs_rows: bool, *, ignore_index: int, label_smoothing: float, softcap, z_loss: float
+):
     logits = rows(x)
     N, V = logits.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    losses, row_weights = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
+    peaks, log_sums = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
+    if x.numel():
+        BLOCK_N, BLOCK_V, num_warps = _block(V)
+        launch(_forward, (triton.cdiv(N, BLOCK_N),),
+            logits, target.contiguous(), contiguous(weight), losses, row_weights if weighs_rows else None,
+            peaks, log_sums, logits.stride(0), N, V, ignore_index, label_smoothing, softcap, z_loss or None,
+            SMOOTHED=label_smoothing != 0.0, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, num_warps=num_warps,
+        )  # fmt: skip
+    return losses, row_weights, peaks, log_sums
+
+
+def _launch_backward(
+    grad, x, target, weight, peaks, log_sums, normalizer, dx,
+    *, ignore_index: int, label_smoothing: float, softcap, z_loss: float,
+):  # fmt: skip
+    logits = rows(x)
+    N, V = logits.shape
     weight_sum = weight.sum(dtype=torch.float32) if weight is not None and label_smoothing else None
     if x.numel():
         BLOCK_N, BLOCK_V, num_warps = _block(V)
@@ -166,7 +188,6 @@ def backward(grads, saved, needs, *, reduction: str, ignore_index: int, label_sm
             ignore_index, label_smoothing, softcap, z_loss or None,
             SMOOTHED=label_smoothing != 0.0, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, num_warps=num_warps,
         )  # fmt: skip
-    return dx, None, None
 
 
 def _block(V: int) -> tuple[int, int, int]:

@@ -1,0 +1,294 @@
+"""How linear_cross_entropy runs: in chunks of tokens, eagerly and as one opaque operator of a compiled graph."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..autograd import Gradients, fused
+from ..compiled import compiled_call
+from . import cross_entropy
+from .autocast import autocast_operands, autocasting, without_autocast
+from .head_chunks import Found, counted_rows, in_chunks, scaled
+
+#: hidden, weight, target, bias, class_weight, token_weight.
+Tensors = Sequence[Any]
+
+
+def loss_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the loss: hidden's, or float32 under autocast."""
+    return torch.float32 if autocasting(hidden.device.type) else hidden.dtype
+
+
+def token_weights(ignored: Tensor, token_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """u of every token, [N]: 0 where it is ignored."""
+    if token_weight is None:
+        return (~ignored).to(dtype)
+    return token_weight.flatten().to(dtype).masked_fill(ignored, 0.0)
+
+
+def divisor(target: Tensor, class_weight: Tensor | None, token_weight: Tensor | None, *, ignore_index: int) -> Tensor:
+    """Σ u_n·w_{t_n} over the tokens that count: what "mean" divides by."""
+    target = target.flatten()
+    ignored = target == ignore_index
+    dtypes = [t.dtype for t in (class_weight, token_weight) if t is not None]
+    u = token_weights(ignored, token_weight, functools.reduce(torch.promote_types, dtypes, torch.float32))
+    if class_weight is not None:
+        u = u * class_weight.to(u.dtype)[target.long().masked_fill(ignored, 0)]
+    return u.sum()
+
+
+def run(
+    backend: str,
+    second: Callable[..., Gradients],
+    *tensors: Any,
+    reduction: str,
+    dtype: torch.dtype | None,
+    **options: Any,
+) -> Tensor:
+    """The operator, its loss on a chunk of logits computed by ``backend``; ``second`` differentiates it further."""
+    chunk = _CHUNKS[backend]
+    hidden, weight, target, bias, *constants = tensors
+    dtype = dtype or loss_dtype(hidden)
+    hidden, weight, bias = autocast_operands(hidden, weight, bias)
+    recorded = torch.is_grad_enabled()
+    # Held here and not by autograd, so that the backward pass can hand out what it holds, once, without a copy.
+    ahead: list[Found] = []
+
+    def forward(*tensors: Any, dtype: torch.dtype, **options: Any) -> tuple[Tensor, Tensors]:
+        needs = tuple(recorded and t is not None and t.requires_grad for t in _learned(tensors))
+        loss, found = _loss(chunk, tensors, needs, **options)
+        if any(needs) and reduction != "none":
+            ahead.append(found)
+        return loss.to(dtype), tensors
+
+    def backward(grads: Any, saved: Any, needs: Any, *, dtype: torch.dtype, **options: Any) -> Gradients:
+        with without_autocast(grads[0].device.type):
+            gradients = _gradients(chunk, grads[0], saved, _learned(needs), ahead, **options)
+        return gradients.hidden, gradients.weight, None, gradients.bias, None, None
+
+    with without_autocast(hidden.device.type):
+        operands = (hidden, weight, target, bias, *constants)
+        return fused(forward, backward, second, operands, {"reduction": reduction, "dtype": dtype, **options})
+
+
+def traced(*tensors: Any, reduction: str, dtype: torch.dtype | None, **options: Any) -> Tensor:
+    """The operator as one node of a compiled graph, which neither Inductor nor the partitioner sees into."""
+    hidden, weight, target, bias, *constants = tensors
+    dtype = dtype or loss_dtype(hidden)
+    hidden, weight, bias = autocast_operands(hidden, weight, bias)
+    recorded = torch.is_grad_enabled()
+    needs = [recorded and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    with without_autocast(hidden.device.type):
+        return _opaque(hidden, weight, target, bias, *constants, needs, reduction=reduction, **options)[0].to(dtype)
+
+
+def _learned(tensors: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """What belongs to hidden, weight and bias."""
+    return tensors[0], tensors[1], tensors[3]
+
+
+def _loss(
+    chunk: Callable[..., Any], tensors: Tensors, needs: Sequence[bool], *, reduction: str, **options: Any
+) -> tuple[Tensor, Found]:
+    """The loss in float32 or wider and, unless the reduction is "none", the gradients if that of the loss is 1."""
+    hidden, _, target, _, class_weight, token_weight = tensors
+    ignored = target.flatten() == options["ignore_index"]
+    u = token_weights(ignored, token_weight, torch.promote_types(hidden.dtype, torch.float32))
+    whole = None
+    if reduction == "mean":
+        whole = divisor(target, class_weight, token_weight, ignore_index=options["ignore_index"]).to(u.dtype)
+    scale = (u if whole is None else u / whole) if any(needs) and reduction != "none" else None
+    found = _walk(chunk, tensors, scale, needs, **options)
+    losses = found.losses * u
+    if reduction == "none":
+        return losses.view(target.shape), found
+    return (losses.sum() if whole is None else losses.sum() / whole), found
+
+
+def _gradients(
+    chunk: Callable[..., Any],
+    grad: Tensor,
+    tensors: Tensors,
+    needs: Sequence[bool],
+    ahead: list[Found],
+    *,
+    reduction: str,
+    **options: Any,
+) -> Found:
+    if reduction == "none":
+        ignored = tensors[2].flatten() == options["ignore_index"]
+        u = token_weights(ignored, tensors[5], torch.promote_types(tensors[0].dtype, torch.float32))
+        return _walk(chunk, tensors, grad.flatten() * u, needs, **options)
+    found = ahead.pop() if ahead else _loss(chunk, tensors, needs, reduction=reduction, **options)[1]
+    return scaled(found, grad)
+
+
+def _walk(
+    chunk: Callable[..., Any],
+    tensors: Tensors,
+    scale: Tensor | None,
+    needs: Sequence[bool],
+    *,
+    ignore_index: int,
+    memory_budget: int | None,
+    **options: Any,
+) -> Found:
+    hidden, weight, target, bias, class_weight, _ = tensors
+    target = target.flatten()
+
+    def losses_of(logits: Tensor, index: Any, scale: Tensor | None) -> Tensor:
+        return chunk(logits, target[index], class_weight, scale, ignore_index=ignore_index, **options)
+
+    rows, counted = hidden.reshape(-1, hidden.shape[-1]), counted_rows(target, ignore_index)
+    found = in_chunks(losses_of, rows, weight, bias, counted, scale, needs, memory_budget)
+    return found._replace(hidden=None if found.hidden is None else found.hidden.view(hidden.shape))
+
+
+def _eager_chunk(logits: Tensor, target: Tensor, class_weight: Tensor | None, scale: Any, **options: Any) -> Any:
+    return cross_entropy.losses_and_gradient(logits, target, class_weight, scale, **options)
+
+
+def _compiled_chunk(logits: Tensor, target: Tensor, class_weight: Tensor | None, scale: Any, **options: Any) -> Any:
+    return compiled_call(cross_entropy.losses_and_gradient, (logits, target, class_weight, scale), options)
+
+
+def _triton_chunk(logits: Tensor, target: Tensor, class_weight: Tensor | None, scale: Any, **options: Any) -> Any:
+    from ..triton import cross_entropy as kernels
+
+    return kernels.losses_and_gradient(logits, target, class_weight, scale, **options)
+
+
+_CHUNKS = {"eager": _eager_chunk, "compile": _compiled_chunk, "triton": _triton_chunk}
+
+
+def _chosen(tensors: Tensors) -> Callable[..., Any]:
+    from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
+
+    return _CHUNKS[dispatch.choose(LINEAR_CROSS_ENTROPY, tuple(tensors)).backend]
+
+
+@torch.library.custom_op("braze::linear_cross_entropy", mutates_args=())
+def _opaque(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    token_weight: Tensor | None,
+    needs: list[bool],
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
+    memory_budget: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and the gradients of hidden, weight and bias if that of the loss is 1; empty where not needed."""
+    tensors = (hidden, weight, target, bias, class_weight, token_weight)
+    loss, found = _loss(
+        _chosen(tensors), tensors, needs, reduction=reduction, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, softcap=softcap, z_loss=z_loss, memory_budget=memory_budget,
+    )  # fmt: skip
+    return loss, *_filled(found, hidden)
+
+
+@_opaque.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    token_weight: Tensor | None,
+    needs: list[bool],
+    reduction: str,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    loss = hidden.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
+    ahead = [need and reduction != "none" for need in needs]
+    return loss, *_shapes_of_gradients(hidden, weight, bias, ahead)
+
+
+@torch.library.custom_op("braze::linear_cross_entropy_backward", mutates_args=())
+def _opaque_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    token_weight: Tensor | None,
+    needs: list[bool],
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
+    memory_budget: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and bias, for losses that were not reduced; empty where not needed."""
+    tensors = (hidden, weight, target, bias, class_weight, token_weight)
+    found = _gradients(
+        _chosen(tensors), grad, tensors, needs, [], reduction="none", ignore_index=ignore_index,
+        label_smoothing=label_smoothing, softcap=softcap, z_loss=z_loss, memory_budget=memory_budget,
+    )  # fmt: skip
+    return _filled(found, hidden)
+
+
+@_opaque_backward.register_fake
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    token_weight: Tensor | None,
+    needs: list[bool],
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _shapes_of_gradients(hidden, weight, bias, needs)
+
+
+def _filled(found: Found, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    h, w, b = (hidden.new_empty(0) if g is None else g for g in (found.hidden, found.weight, found.bias))
+    return h, w, b
+
+
+def _shapes_of_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    learned = (hidden, weight, bias)
+    h, w, b = (
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if need and t is not None else hidden.new_empty(0)
+        for t, need in zip(learned, needs, strict=True)
+    )
+    return h, w, b
+
+
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, (needs, reduction, *options) = inputs[:6], inputs[6:]
+    ctx.needs, ctx.reduction, ctx.options = needs, reduction, options
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(tensors if reduction == "none" else output[1:]))
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    h: Tensor | None
+    h = w = b = None
+    if grad is not None:
+        if ctx.reduction == "none":
+            found = _opaque_backward(grad, *ctx.saved_tensors, ctx.needs, *ctx.options)
+        else:
+            found = [g * grad.to(g.dtype) for g in ctx.saved_tensors]
+        h, w, b = (g if need else None for g, need in zip(found, ctx.needs, strict=True))
+    return h, w, None, b, None, None, *[None] * (2 + len(ctx.options))
+
+
+_opaque.register_autograd(_differentiate, setup_context=_set_up)
