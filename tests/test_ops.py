@@ -91,18 +91,16 @@ def test_compiled_is_within_the_error_budget(op: Op, variant: str, device: str) 
 
 
 @every_op
-def test_compiled_reads_strided_rows_of_half_precision(op: Op, device: str) -> None:
-    layouts = {"layout": "strided", "cotangent_layout": "strided"}
-    check_against_reference(example(op, dtype=torch.bfloat16, device=device, **layouts), "compile")
-
-
-@every_op
-@pytest.mark.parametrize("dtypes", [DTYPES["float16"], DTYPES["bfloat16 with float32 weights"]], ids=["half", "mixed"])
+@pytest.mark.parametrize(
+    ("dtypes", "layout"),
+    [(DTYPES["float16"], "padded"), (DTYPES["bfloat16 with float32 weights"], "strided")],
+    ids=["half, padded", "mixed, strided"],
+)
 def test_the_default_is_within_the_error_budget(
-    op: Op, dtypes: tuple[torch.dtype, torch.dtype | None], device: str
+    op: Op, dtypes: tuple[torch.dtype, torch.dtype | None], layout: str, device: str
 ) -> None:
     dtype, weight_dtype = dtypes
-    layouts = {"layout": "padded", "cotangent_layout": "strided"}
+    layouts = {"layout": layout, "cotangent_layout": "strided"}
     check_against_reference(example(op, dtype=dtype, weight_dtype=weight_dtype, device=device, **layouts), None)
 
 

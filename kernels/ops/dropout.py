@@ -59,12 +59,21 @@ def kept(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
 
 def row_keys(seed: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """The two keys [N, 1] of each row number in ``n``. Two, so that rows that share one do not share a mask."""
-    first = _mix(seed & _LOW)
-    second = _mix(first ^ ((seed >> 32) & _LOW))
+    first = _computed_once(_mix(seed & _LOW))
+    second = _computed_once(_mix(first ^ ((seed >> 32) & _LOW)))
     low, high = n & _LOW, n >> 32
-    k1 = _mix(_mix(low ^ first) ^ high ^ second)
-    k2 = _mix(_mix((low + second) & _LOW) ^ high ^ first)
-    return k1.unsqueeze(-1), k2.unsqueeze(-1)
+    k1 = _mix(_computed_once(_mix(low ^ first)) ^ high ^ second)
+    k2 = _mix(_computed_once(_mix((low + second) & _LOW)) ^ high ^ first)
+    return _computed_once(k1).unsqueeze(-1), _computed_once(k2).unsqueeze(-1)
+
+
+def _computed_once(keys: Tensor) -> Tensor:
+    """The keys; the compiler keeps them in memory, where it would hash them again for every element, and trace that.
+
+    A mix uses its operand twice in each of three steps: the compiler, which traces what it fuses once for each use,
+    took four to ten times as long.
+    """
+    return keys.as_strided(keys.shape, keys.stride())
 
 
 def _mix(b: Tensor) -> Tensor:
