@@ -1,7 +1,7 @@
 """A linear layer and the loss behind it, some tokens at a time: the logits of all tokens are never in memory.
 
-For each chunk of rows the logits x = h·Wᵀ + b are computed, the loss turns them into losses and replaces them by dx, and
-three sums are all that stays:
+For each chunk of rows the logits x = h·Wᵀ + b are computed, the loss turns them into losses and replaces them by dx,
+and three sums are all that stays:
 
     dh = dx·W        dW = Σ dxᵀ·h        db = Σ dx
 

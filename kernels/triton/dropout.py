@@ -29,12 +29,12 @@ def _mix(b):
 
 @triton.jit
 def row_keys(seed, n):
-    """The two keys of each row in n, which is int64; ``seed`` points to 64 bits."""
+    """The two keys of each row in n; ``seed`` points to 64 bits."""
     key = tl.load(seed)
     first = _mix(key.to(tl.uint32))
     second = _mix(first ^ (key >> 32).to(tl.uint32))
     low = n.to(tl.uint32)
-    high = (n >> 32).to(tl.uint32)
+    high = (n.to(tl.int64) >> 32).to(tl.uint32)
     return _mix(_mix(low ^ first) ^ high ^ second), _mix(_mix(low + second) ^ high ^ first)
 
 
