@@ -74,6 +74,12 @@ MUTANTS = {
     "a cotangent that is not summed": Mutant(
         "log_softmax", "log_softmax", "out = g - p * tl.sum(g, 1)[:, None]", "out = g - p"
     ),
+    "the gradient of a chunk's losses not scaled": Mutant(
+        "linear_cross_entropy",
+        "cross_entropy",
+        "_launch_backward(scale,",
+        "_launch_backward(torch.ones_like(scale),",
+    ),
     "the sink left out of the sum": Mutant(
         "softmax", "softmax", "total += tl.exp(k - m)", "total += 0.0 * tl.exp(k - m)", "sink"
     ),
@@ -179,6 +185,8 @@ DIMS = (
     {"B": 2, "S": 5, "D": 33},
     {"B": 2, "S": 129, "D": 129},
     {"B": 2, "S": 2, "D": 16_385},
+    {"N": 5, "D": 8, "C": 33},
+    {"N": 3, "D": 8, "C": 4097},
     {"N": 5, "K": 2, "D": 33},
     {"N": 129, "K": 2, "D": 129},
 )

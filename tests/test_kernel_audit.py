@@ -80,12 +80,13 @@ def test_memory_is_accessed_128_bits_at_a_time(op, which):
     traffic = records("traffic", op, which)
     reductions = {r["variant"] for r in traffic if r["bytes_written"] <= r["bytes"] / 20}
     plain = traffic[0]["variant"]
+    code = records("code", op, which)
     for target in ("sm_90", "gfx942"):
         calls: dict[str, list[dict[str, Any]]] = {}
-        for record in records("code", op, which):
+        for record in code:
             if record["target"] == target and record["widest_load"] is not None:
                 calls.setdefault(f"{record['variant']} {record['dtype']} {record['shape']}", []).append(record)
-        assert calls
+        assert calls or plain not in {r["variant"] for r in code}  # only the plain call is disassembled
         for call, kernels in calls.items():
             assert all(r["widest_load"] >= 128 for r in kernels), (call, kernels)
             if not {kernels[0]["variant"], plain} & reductions:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.fx.experimental._config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -63,7 +64,8 @@ def passes(case: Case, draw: Draw) -> Iterator[tuple[str, Callable[[], object]]]
     if not case.op.differentiable:
         return
     wanted = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
-    cotangents = [torch.ones_like(t, memory_format=_memory_format(t)) for t in outputs]
+    # Not 1, which an operator may find that it need not multiply by.
+    cotangents = [torch.full_like(t, 0.5, memory_format=_memory_format(t)) for t in outputs]
     yield "backward", lambda: torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
 
 
@@ -108,4 +110,6 @@ def everything_in_triton() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(dispatch, "choose", return_value=choice))
         stack.enter_context(mock.patch.object(launch, "_multiprocessors", return_value=MULTIPROCESSORS))
+        # Of a meta tensor nothing is left out.
+        stack.enter_context(mock.patch.object(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True))
         yield

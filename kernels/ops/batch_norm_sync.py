@@ -79,10 +79,11 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, t, group):
+        from torch.distributed import _functional_collectives as functional
+
         ctx.group = group
-        total = t.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+        # Not dist.all_reduce, which writes into its operand: torch 2.11 compiles a wrong gradient from that.
+        return functional.wait_tensor(functional.all_reduce(t.contiguous(), "sum", group))
 
     @staticmethod
     def backward(ctx, grad):

@@ -62,8 +62,7 @@ def in_chunks(
     wants_hidden, wants_weight, wants_bias = needs if scale is not None else (False, False, False)
     losses = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
     dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wants_hidden else None
-    dw = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wants_weight else None
-    db = torch.zeros(len(weight), dtype=wide, device=weight.device) if wants_bias else None
+    dw = db = None
     rows = rows_within(budget, weight)
     memory = hidden.new_empty(min(rows, len(hidden)), len(weight))
     for index in _chunks(len(hidden), counted, rows):
@@ -73,11 +72,12 @@ def in_chunks(
         losses[index] = losses_of(x, index, None if scale is None else scale[index]).to(wide)
         if dh is not None:
             dh[index] = x @ weight
-        if dw is not None:
-            _add_product(dw, x, h)
-        if db is not None:
-            db += x.sum(0, dtype=wide)
-    return Found(losses, dh, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(weight.dtype))
+        if wants_weight:
+            dw = _product(x.mT, h, wide) if dw is None else _add_product(dw, x.mT, h)
+        if wants_bias:
+            found = x.sum(0, dtype=wide)
+            db = found if db is None else db.add_(found)
+    return Found(losses, dh, _gradient(dw, weight, wants_weight), _gradient(db, bias, wants_bias))
 
 
 def rows_within(budget: int | None, weight: Tensor) -> int:
@@ -97,14 +97,25 @@ def _chunks(N: int, counted: Tensor | None, most: int) -> Iterator[slice | Tenso
         yield slice(start, stop) if counted is None else counted[start:stop]
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += aᵀ·b, summed up in total's dtype."""
-    if a.dtype == total.dtype:
-        total.addmm_(a.mT, b)
-    elif a.device.type == "cpu":
-        total.addmm_(a.mT.to(total.dtype), b.to(total.dtype))
-    else:
-        total += torch.mm(a.mT, b, out_dtype=total.dtype)
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a·b, summed up in ``dtype`` and not rounded after."""
+    if a.dtype == dtype or a.device.type == "cpu":
+        return torch.mm(a.to(dtype), b.to(dtype))
+    return torch.mm(a, b, out_dtype=dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total += a·b, likewise."""
+    if a.dtype == total.dtype or a.device.type == "cpu":
+        return total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    return total.add_(_product(a, b, total.dtype))
+
+
+def _gradient(total: Tensor | None, parameter: Tensor | None, wanted: bool) -> Tensor | None:
+    """The sum over the chunks, of which there may have been none."""
+    if not wanted or parameter is None:
+        return None
+    return torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
 
 
 def counted_rows(target: Tensor, ignore_index: int) -> Tensor | None:
