@@ -59,11 +59,12 @@ def _values(
     """What becomes of bytes [N, …, H, L] that lie at ``column`` [L] of their rows."""
     v = x.to(spread.dtype)
     if other is not None:
-        own = torch.ones(1, dtype=v.dtype, device=x.device) if lam is None else lam.to(v.dtype)
-        own = own.view(-1, 1, 1, 1)
+        partners = other.to(v.dtype)
+        if lam is not None:
+            own = lam.to(v.dtype).view(-1, 1, 1, 1)
+            v = own * v + (1.0 - own) * partners
         if box is not None:
-            own = torch.where(_inside(box, x.shape[-2], column), 0.0, own)
-        v = own * v + (1.0 - own) * other.to(v.dtype)
+            v = torch.where(_inside(box, x.shape[-2], column), partners, v)
     return ((v / 255.0 - center) / spread).to(dtype)
 
 
