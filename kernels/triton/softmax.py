@@ -277,7 +277,7 @@ def forward(x, mask, sink, *, scale: float, softcap: float | None, causal: bool,
         x_rows, pointer, _of_each_row(sink, x), y, peaks, totals, x_rows.stride(0), N, D, Q, scale, softcap, *strides
     )  # fmt: skip
     if x.numel():
-        _launch(_forward, _forward_long, N, D, arguments, CAUSAL=causal, BOOLEAN=boolean)
+        _launch(_forward, _forward_long, N, D, arguments, False, CAUSAL=causal, BOOLEAN=boolean)
     return y, (x if keep_x else y, mask, sink, peaks, totals)
 
 
@@ -296,7 +296,7 @@ def backward(grads, saved, needs, *, scale: float, softcap: float | None, causal
         dy.stride(0), source.stride(0), N, D, Q, scale, softcap, *strides,
     )  # fmt: skip
     if kept.numel():
-        _launch(_backward, _backward_long, N, D, arguments, CAUSAL=causal, BOOLEAN=boolean)
+        _launch(_backward, _backward_long, N, D, arguments, sink is not None, CAUSAL=causal, BOOLEAN=boolean)
     return (
         dx,
         None if dmask is None else dmask.sum_to_size(mask.shape).to(mask.dtype),
@@ -309,9 +309,12 @@ def _of_each_row(sink: Tensor | None, x: Tensor) -> Tensor | None:
     return sink if sink is None else sink.expand(*x.shape[:-1], 1).contiguous()
 
 
-def _launch(kernel, long_kernel, N: int, D: int, arguments: tuple, **meta) -> None:
+def _launch(kernel, long_kernel, N: int, D: int, arguments: tuple, crowded: bool, **meta) -> None:
+    """Launch either kernel; ``crowded`` is one that needs registers for more than a tile's worth of rows."""
     if D <= MAX_TILE:
         BLOCK_N, BLOCK_D, num_warps = tile(D)
+        if crowded and BLOCK_N > 1:
+            BLOCK_N //= 2
         meta |= {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
         launch(kernel, (triton.cdiv(N, BLOCK_N),), *arguments, **meta)
     else:
