@@ -217,11 +217,11 @@ def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gr
 
 
 def _with_statistics(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
-    loss, *statistics = _loss_and_statistics(x, target, weight, **options)
+    loss, *statistics = loss_and_statistics(x, target, weight, **options)
     return loss.to(x.dtype), *statistics
 
 
-def _loss_and_statistics(
+def loss_and_statistics(
     x: Tensor, target: Tensor, weight: Tensor | None, *, softcap: float | None, z_loss: float, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, max s, log Σ exp(s − max s)): log_softmax spelled out, for the statistics."""
@@ -234,14 +234,11 @@ def _loss_and_statistics(
     return loss, peak, log_sum
 
 
-def losses_and_gradient(
-    x: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor | None, **options: Any
-) -> Tensor:
-    """The float32 losses [N] of logits [N, C]; the gradient of Σ scale·loss, if there is a scale, replaces x."""
-    losses, peak, log_sum = _loss_and_statistics(x, target, weight, reduction="none", **options)
-    if scale is not None:
-        x.copy_(_gradient(scale, x, target, weight, peak, log_sum, reduction="none", **options))
-    return losses
+def replace_by_gradient(
+    x: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, peak: Tensor, log_sum: Tensor, **options: Any
+) -> None:
+    """Write the gradient of Σ scale·loss over the logits x [N, C]."""
+    x.copy_(_gradient(scale, x, target, weight, peak, log_sum, reduction="none", **options))
 
 
 def _gradient(

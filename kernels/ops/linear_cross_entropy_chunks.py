@@ -150,12 +150,24 @@ def _walk(
     return found._replace(hidden=None if found.hidden is None else found.hidden.view(hidden.shape))
 
 
-def _eager_chunk(logits: Tensor, target: Tensor, class_weight: Tensor | None, scale: Any, **options: Any) -> Any:
-    return cross_entropy.losses_and_gradient(logits, target, class_weight, scale, **options)
+def _called(function: Callable[..., Any], tensors: Sequence[Any], options: dict[str, Any]) -> Any:
+    return function(*tensors, **options)
 
 
-def _compiled_chunk(logits: Tensor, target: Tensor, class_weight: Tensor | None, scale: Any, **options: Any) -> Any:
-    return compiled_call(cross_entropy.losses_and_gradient, (logits, target, class_weight, scale), options)
+def _torch_chunk(
+    call: Callable[..., Any],
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    scale: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """Two calls: compiled as one, torch 2.11 reads the target's logit after it has written the gradient over it."""
+    operands = (logits, target, class_weight)
+    losses, *statistics = call(cross_entropy.loss_and_statistics, operands, {**options, "reduction": "none"})
+    if scale is not None:
+        call(cross_entropy.replace_by_gradient, (*operands, scale, *statistics), options)
+    return losses
 
 
 def _triton_chunk(logits: Tensor, target: Tensor, class_weight: Tensor | None, scale: Any, **options: Any) -> Any:
@@ -164,7 +176,11 @@ def _triton_chunk(logits: Tensor, target: Tensor, class_weight: Tensor | None, s
     return kernels.losses_and_gradient(logits, target, class_weight, scale, **options)
 
 
-_CHUNKS = {"eager": _eager_chunk, "compile": _compiled_chunk, "triton": _triton_chunk}
+_CHUNKS: dict[str, Callable[..., Any]] = {
+    "eager": functools.partial(_torch_chunk, _called),
+    "compile": functools.partial(_torch_chunk, compiled_call),
+    "triton": _triton_chunk,
+}
 
 
 def _chosen(tensors: Tensors) -> Callable[..., Any]:
