@@ -15,6 +15,7 @@ from . import records
 COMMANDS = {
     "kernels": "judge every Triton kernel with no GPU: bytes moved, registers, spills, access width",
     "ops": "time every operator against plain ATen and torch.compile, with its error beside its speed",
+    "losses": "memory and time of a linear layer and its cross-entropy, with and without logits",
     "demo": "train real models under Lightning, vanilla and fused, side by side",
 }
 

@@ -6,17 +6,14 @@ its own compiler state and its own peak memory.
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import sys
-import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -26,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from braze.lightning_ext import FusedPrecision
 
+from .memory import most_allocated
 from .result import BLOCK, PROFILED, Precision, Result
 from .tasks import TASKS
 
@@ -112,7 +110,7 @@ class _Turns(L.Callback):
         self.result.losses.append(float(outputs["loss"]))
         if self.profiler and len(self.result.seconds) == self.steps:
             self.profiler.stop()
-            self.result.tensor_bytes += _most_allocated(self.profiler)
+            self.result.tensor_bytes += most_allocated(self.profiler)
 
 
 def _held(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
@@ -122,17 +120,3 @@ def _held(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -
         for state in optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _most_allocated(profiler: profile) -> int:
-    """The most bytes that were allocated and not yet freed, from the profile's own start on."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    allocations = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    held = most = 0
-    for _, size in allocations:
-        held += size
-        most = max(most, held)
-    return most

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from braze.benchmarks import accuracy, ops, timing
-from braze.kernels import OPS
+from braze.benchmarks import accuracy, losses, memory, ops, timing
+from braze.kernels import OPS, linear_cross_entropy
 from braze.kernels.op import Op
 
 RMS_NORM = next(op for op in OPS if op.name == "rms_norm")
@@ -202,3 +202,30 @@ def test_geometric_mean_is_geometric() -> None:
     common = {"benchmark": "ops", "op": "x", "provider": "aten", "pass": "forward", "dtype": "float32", "shape": "N=1"}
     (mean,) = ops.geometric_means([{**common, "ratio": 0.5}, {**common, "ratio": 8.0}])
     assert mean["ratio"] == pytest.approx(2.0)
+
+
+def test_the_peak_counts_what_is_alive_together() -> None:
+    def work() -> None:
+        first = torch.empty(3 << 20, dtype=torch.uint8)
+        del first
+        second = torch.empty(2 << 20, dtype=torch.uint8)
+        third = torch.empty(2 << 20, dtype=torch.uint8)
+        del second, third
+
+    assert memory.peak(work) == 4 << 20
+
+
+def test_losses_of_a_tiny_head(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def eager(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(hidden @ weight.mT, target)
+
+    monkeypatch.setattr(losses, "providers", lambda: {"eager": eager, "braze": linear_cross_entropy})
+    size = losses.Size(64, 8, 4000)
+    plain, braze = losses.measure(size, 3, FakeClock())
+    logits = 4 * size.N * size.C
+    assert plain["peak_bytes"] > 2 * logits
+    assert braze["peak_bytes"] < 2 * logits
+    assert braze["gradients_apart"] < 1e-5
+    assert braze["ratio"] == 1.0
+    losses.show([plain, braze])
+    assert "N=64 D=8 C=4000" in capsys.readouterr().out

@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from torch.profiler import ProfilerActivity, profile
 
 pytest.importorskip("lightning", reason="needs the extra braze[bench]")
 pytest.importorskip("rich", reason="needs the extra braze[bench]")
 
-from braze.benchmarks import data, demo, training
+from braze.benchmarks import data, demo
 from braze.benchmarks.result import BLOCK, PROFILED, Result
-
-
-def test_peak_counts_what_is_alive_together() -> None:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        first = torch.empty(3 << 20, dtype=torch.uint8)
-        del first
-        second = torch.empty(2 << 20, dtype=torch.uint8)
-        third = torch.empty(2 << 20, dtype=torch.uint8)
-        del second, third
-    assert training._most_allocated(profiler) == 4 << 20
 
 
 def test_ratios_pair_turns_and_leave_out_warm_up_and_profiled_steps() -> None:

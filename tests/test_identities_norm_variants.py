@@ -164,7 +164,7 @@ def test_normalizing_is_that_of_torch_over_every_dim(backend: str, device: str) 
 @every_backend
 @pytest.mark.parametrize("width", [2, 16_386], ids=["one tile", "looped"])
 def test_a_vector_at_or_below_eps_is_divided_by_it(backend: str, width: int, device: str) -> None:
-    """Lengths 0, below, at and above ε = 5, all exact; at ε the divisor is a constant, as in torch 2.15, not in 2.11."""
+    """Lengths 0, below, at and above ε = 5, all exact; at ε the divisor is constant, as in torch 2.15 and not 2.11."""
     x = torch.zeros(4, width, device=device)
     x[1, 0], x[1, 1] = 0.3, 0.4
     x[2, 0], x[2, 1] = 3.0, 4.0

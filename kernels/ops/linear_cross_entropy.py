@@ -334,8 +334,8 @@ LINEAR_CROSS_ENTROPY = Op(
     traced=chunks.traced,
     inputs=_inputs,
     dims={"N": (0, 1, 2, 33, 129), "D": (1, 8, 31), "C": (1, 2, 33, 129, 1025)},
-    # GPT-2 and a vocabulary of Llama 3's size, of a model of 1,024.
-    bench=({"N": 4096, "D": 768, "C": 50_304}, {"N": 4096, "D": 1024, "C": 128_256}),
+    # GPT-2, whose truth in float64 is there to be compared with; larger ones: python -m braze.benchmarks losses.
+    bench=({"N": 1024, "D": 768, "C": 50_304},),
     audit=({"N": 64, "D": 128, "C": 512},),
     traffic=_traffic,
     excess={
