@@ -207,3 +207,21 @@ def test_autocast_multiplies_in_half_precision_and_loses_in_single(device: str) 
     for our, their in zip(*gradients, strict=True):
         # Each is rounded to bfloat16 where products meet; the entries' scale is that of the largest.
         torch.testing.assert_close(our, their, rtol=0.0, atol=4 * 2**-8 * their.abs().max().item())
+
+
+@every_backend
+def test_a_scaled_loss_keeps_gradients_that_float16_alone_would_lose(backend: str, device: str) -> None:
+    """As GradScaler does: the gradient of a logit is about 1 / (N·C) = 2⁻²⁶ here, below what float16 can hold."""
+    tokens, classes, scale = 4096, 2**14, 2.0**14
+    hidden, weight = drawn(tokens, 4, device=device) / 8, drawn(classes, 4, device=device, seed=1) / 8
+    target = torch.zeros(tokens, dtype=torch.long, device=device)
+    results = []
+    for dtype in (torch.float16, torch.float64):
+        operands = [t.to(torch.float16).to(dtype).requires_grad_() for t in (hidden, weight)]
+        with use_backend(backend if dtype == torch.float16 else "eager"):
+            loss = linear_cross_entropy(*operands, target, dtype=torch.promote_types(dtype, torch.float32))
+        results.append([g.double() / scale for g in torch.autograd.grad(scale * loss, operands)])
+    (_, ours), (_, truth) = results
+    rest = slice(1, None)  # all classes but the target's, whose gradient is large
+    error = (ours[rest] - truth[rest]).norm() / truth[rest].norm()
+    assert error < 0.02

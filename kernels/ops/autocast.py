@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 
+#: Device types that have autocast; a constant, because torch 2.11's compiler does not trace the question.
+_AVAILABLE = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")))
+
+
 def autocasting(device: str) -> bool:
     """Whether autocast is on for this device type."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _AVAILABLE and torch.is_autocast_enabled(device)
 
 
 def autocast_operands(*tensors: Tensor | None) -> tuple[Any, ...]:

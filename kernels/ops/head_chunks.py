@@ -5,9 +5,9 @@ and three sums are all that stays:
 
     dh = dx·W        dW = Σ dxᵀ·h        db = Σ dx
 
-in float32 (or wider). Everything is computed on the way forward, for an upstream gradient of 1, by which the backward
-pass multiplies: three matrix products in all, as without chunks. Sources: Hsu et al., Liger Kernel (2024), for the
-gradients on the way forward; Wijmans et al., Cut Your Losses (2024), for leaving out what is ignored.
+in float32 (or wider). Everything is computed on the way forward, as for a sum of losses, and multiplied in the backward
+pass by what that finds out: three matrix products in all, as without chunks. Sources: Hsu et al., Liger Kernel (2024),
+for the gradients on the way forward; Wijmans et al., Cut Your Losses (2024), for leaving out what is ignored.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def in_chunks(
         if wants_bias:
             found = x.sum(0, dtype=wide)
             db = found if db is None else db.add_(found)
-    return Found(losses, dh, _gradient(dw, weight, wants_weight), _gradient(db, bias, wants_bias))
+    return Found(losses, dh, _held(dw, weight, wants_weight), _held(db, bias, wants_bias))
 
 
 def rows_within(budget: int | None, weight: Tensor) -> int:
@@ -111,11 +111,17 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return total.add_(_product(a, b, total.dtype))
 
 
-def _gradient(total: Tensor | None, parameter: Tensor | None, wanted: bool) -> Tensor | None:
+def held_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what a sum waits for the gradient of the loss: float16 may be too narrow for it before, if not after."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _held(total: Tensor | None, parameter: Tensor | None, wanted: bool) -> Tensor | None:
     """The sum over the chunks, of which there may have been none."""
     if not wanted or parameter is None:
         return None
-    return torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
+    dtype = held_dtype(parameter.dtype)
+    return torch.zeros_like(parameter, dtype=dtype) if total is None else total.to(dtype)
 
 
 def counted_rows(target: Tensor, ignore_index: int) -> Tensor | None:
@@ -124,9 +130,8 @@ def counted_rows(target: Tensor, ignore_index: int) -> Tensor | None:
     return None if len(counted) == len(target) else counted
 
 
-def scaled(found: Found, grad: Tensor) -> Found:
-    """The gradients times that of the loss, in place."""
-    if grad.device.type == "cpu" and grad.item() == 1.0:
-        return found
-    hidden, weight, bias = (g if g is None else g.mul_(grad.to(g.dtype)) for g in found[1:])
+def scaled(found: Found, factor: Tensor, dtype: torch.dtype) -> Found:
+    """The gradients times a factor, in place, and in ``dtype``."""
+    one = factor.device.type == "cpu" and factor.item() == 1.0
+    hidden, weight, bias = (g if g is None else (g if one else g.mul_(factor)).to(dtype) for g in found[1:])
     return Found(found.losses, hidden, weight, bias)

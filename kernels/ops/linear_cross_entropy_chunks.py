@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..autograd import Gradients, fused
 from ..compiled import compiled_call
 from . import cross_entropy
 from .autocast import autocast_operands, autocasting, without_autocast
-from .head_chunks import Found, counted_rows, in_chunks, scaled
+from .head_chunks import Found, counted_rows, held_dtype, in_chunks, scaled
 
 #: hidden, weight, target, bias, class_weight, token_weight.
 Tensors = Sequence[Any]
@@ -58,13 +58,13 @@ def run(
     hidden, weight, bias = autocast_operands(hidden, weight, bias)
     recorded = torch.is_grad_enabled()
     # Held here and not by autograd, so that the backward pass can hand out what it holds, once, without a copy.
-    ahead: list[Found] = []
+    ahead: list[Ahead] = []
 
     def forward(*tensors: Any, dtype: torch.dtype, **options: Any) -> tuple[Tensor, Tensors]:
         needs = tuple(recorded and t is not None and t.requires_grad for t in _learned(tensors))
-        loss, found = _loss(chunk, tensors, needs, **options)
+        loss, found, whole = _loss(chunk, tensors, needs, **options)
         if any(needs) and reduction != "none":
-            ahead.append(found)
+            ahead.append(Ahead(found, whole))
         return loss.to(dtype), tensors
 
     def backward(grads: Any, saved: Any, needs: Any, *, dtype: torch.dtype, **options: Any) -> Gradients:
@@ -93,22 +93,28 @@ def _learned(tensors: Sequence[Any]) -> tuple[Any, Any, Any]:
     return tensors[0], tensors[1], tensors[3]
 
 
+class Ahead(NamedTuple):
+    """What the forward pass computes of the backward pass: gradients of Σ u·loss, and what the mean divides by."""
+
+    found: Found
+    divisor: Tensor | None
+
+
 def _loss(
     chunk: Callable[..., Any], tensors: Tensors, needs: Sequence[bool], *, reduction: str, **options: Any
-) -> tuple[Tensor, Found]:
-    """The loss in float32 or wider and, unless the reduction is "none", the gradients if that of the loss is 1."""
+) -> tuple[Tensor, Found, Tensor | None]:
+    """The loss in float32 or wider and, unless the reduction is "none", an :class:`Ahead`."""
     hidden, _, target, _, class_weight, token_weight = tensors
     ignored = target.flatten() == options["ignore_index"]
     u = token_weights(ignored, token_weight, torch.promote_types(hidden.dtype, torch.float32))
-    whole = None
-    if reduction == "mean":
-        whole = divisor(target, class_weight, token_weight, ignore_index=options["ignore_index"]).to(u.dtype)
-    scale = (u if whole is None else u / whole) if any(needs) and reduction != "none" else None
-    found = _walk(chunk, tensors, scale, needs, **options)
+    found = _walk(chunk, tensors, u if any(needs) and reduction != "none" else None, needs, **options)
     losses = found.losses * u
     if reduction == "none":
-        return losses.view(target.shape), found
-    return (losses.sum() if whole is None else losses.sum() / whole), found
+        return losses.view(target.shape), found, None
+    if reduction == "sum":
+        return losses.sum(), found, None
+    whole = divisor(target, class_weight, token_weight, ignore_index=options["ignore_index"]).to(u.dtype)
+    return losses.sum() / whole, found, whole
 
 
 def _gradients(
@@ -116,17 +122,26 @@ def _gradients(
     grad: Tensor,
     tensors: Tensors,
     needs: Sequence[bool],
-    ahead: list[Found],
+    ahead: list[Ahead],
     *,
     reduction: str,
     **options: Any,
 ) -> Found:
+    dtype = tensors[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
     if reduction == "none":
         ignored = tensors[2].flatten() == options["ignore_index"]
-        u = token_weights(ignored, tensors[5], torch.promote_types(tensors[0].dtype, torch.float32))
-        return _walk(chunk, tensors, grad.flatten() * u, needs, **options)
-    found = ahead.pop() if ahead else _loss(chunk, tensors, needs, reduction=reduction, **options)[1]
-    return scaled(found, grad)
+        u = token_weights(ignored, tensors[5], wide)
+        found = _walk(chunk, tensors, grad.flatten() * u, needs, **options)
+        return scaled(found, torch.ones((), dtype=wide), dtype)
+    found, whole = ahead.pop() if ahead else _loss(chunk, tensors, needs, reduction=reduction, **options)[1:]
+    return scaled(found, _factor(grad, whole, wide), dtype)
+
+
+def _factor(grad: Tensor, divisor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What is left to multiply by. Nothing counted has no mean, and no gradient."""
+    grad = grad.to(dtype)
+    return grad if divisor is None else torch.where(divisor == 0, 0.0, grad / divisor)
 
 
 def _walk(
@@ -204,14 +219,14 @@ def _opaque(
     softcap: float | None,
     z_loss: float,
     memory_budget: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and the gradients of hidden, weight and bias if that of the loss is 1; empty where not needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, what its mean divides by, and the gradients of hidden, weight and bias; empty where not needed."""
     tensors = (hidden, weight, target, bias, class_weight, token_weight)
-    loss, found = _loss(
+    loss, found, whole = _loss(
         _chosen(tensors), tensors, needs, reduction=reduction, ignore_index=ignore_index,
         label_smoothing=label_smoothing, softcap=softcap, z_loss=z_loss, memory_budget=memory_budget,
     )  # fmt: skip
-    return loss, *_filled(found, hidden)
+    return loss, torch.ones_like(loss) if whole is None else whole, *_filled(found, hidden)
 
 
 @_opaque.register_fake
@@ -225,11 +240,11 @@ def _(
     needs: list[bool],
     reduction: str,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     loss = hidden.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
     ahead = [need and reduction != "none" for need in needs]
-    return loss, *_shapes_of_gradients(hidden, weight, bias, ahead)
+    return loss, torch.empty_like(loss), *_shapes_of_gradients(hidden, weight, bias, ahead, held_dtype(weight.dtype))
 
 
 @torch.library.custom_op("braze::linear_cross_entropy_backward", mutates_args=())
@@ -269,7 +284,7 @@ def _(
     needs: list[bool],
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _shapes_of_gradients(hidden, weight, bias, needs)
+    return _shapes_of_gradients(hidden, weight, bias, needs, weight.dtype)
 
 
 def _filled(found: Found, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,12 +293,13 @@ def _filled(found: Found, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _shapes_of_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    learned = (hidden, weight, bias)
+    """As :func:`_filled`; those of weight and bias are of ``dtype``."""
+    learned = ((hidden, hidden.dtype), (weight, dtype), (bias, dtype))
     h, w, b = (
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if need and t is not None else hidden.new_empty(0)
-        for t, need in zip(learned, needs, strict=True)
+        torch.empty(t.shape, dtype=dtype, device=t.device) if need and t is not None else hidden.new_empty(0)
+        for (t, dtype), need in zip(learned, needs, strict=True)
     )
     return h, w, b
 
@@ -302,7 +318,9 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
         if ctx.reduction == "none":
             found = _opaque_backward(grad, *ctx.saved_tensors, ctx.needs, *ctx.options)
         else:
-            found = [g * grad.to(g.dtype) for g in ctx.saved_tensors]
+            whole, *found = ctx.saved_tensors
+            factor = _factor(grad, whole, grad.dtype)
+            found = [(g * factor).to(found[0].dtype) for g in found]
         h, w, b = (g if need else None for g, need in zip(found, ctx.needs, strict=True))
     return h, w, None, b, None, None, *[None] * (2 + len(ctx.options))
 
