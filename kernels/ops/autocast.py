@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 #: Device types that have autocast; a constant, because torch 2.11's compiler does not trace the question.
 _AVAILABLE = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")))
 
