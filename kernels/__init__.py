@@ -69,6 +69,14 @@ from .ops.modulated_norm import add_modulated_layer_norm as add_modulated_layer_
 from .ops.modulated_norm import add_modulated_rms_norm as add_modulated_rms_norm
 from .ops.modulated_norm import modulated_layer_norm as modulated_layer_norm
 from .ops.modulated_norm import modulated_rms_norm as modulated_rms_norm
+from .ops.preference_losses import cpo_loss as cpo_loss
+from .ops.preference_losses import dpo_loss as dpo_loss
+from .ops.preference_losses import grpo_loss as grpo_loss
+from .ops.preference_losses import ipo_loss as ipo_loss
+from .ops.preference_losses import kto_loss as kto_loss
+from .ops.preference_losses import orpo_loss as orpo_loss
+from .ops.preference_losses import sequence_log_probs as sequence_log_probs
+from .ops.preference_losses import simpo_loss as simpo_loss
 from .ops.qk_norm_rope import QK_NORM_ROPE
 from .ops.qk_norm_rope import qk_norm_rope as qk_norm_rope
 from .ops.rms_norm import ADD_RMS_NORM, RMS_NORM
