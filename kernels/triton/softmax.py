@@ -314,7 +314,7 @@ def _launch(kernel, long_kernel, N: int, D: int, arguments: tuple, crowded: bool
     if D <= MAX_TILE:
         BLOCK_N, BLOCK_D, num_warps = tile(D)
         if crowded and BLOCK_N > 1:
-            BLOCK_N //= 2
+            BLOCK_N, num_warps = BLOCK_N // 2, num_warps // 2
         meta |= {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
         launch(kernel, (triton.cdiv(N, BLOCK_N),), *arguments, **meta)
     else:
