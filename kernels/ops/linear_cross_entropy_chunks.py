@@ -230,17 +230,8 @@ def _opaque(
 
 
 @_opaque.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    token_weight: Tensor | None,
-    needs: list[bool],
-    reduction: str,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    _, _, needs, reduction, *_ = others
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     loss = hidden.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
     ahead = [need and reduction != "none" for need in needs]
@@ -274,16 +265,9 @@ def _opaque_backward(
 
 @_opaque_backward.register_fake
 def _(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    token_weight: Tensor | None,
-    needs: list[bool],
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *others: Any
+) -> tuple[Tensor, ...]:
+    _, _, needs, *_ = others
     return _shapes_of_gradients(hidden, weight, bias, needs, weight.dtype)
 
 
