@@ -19,23 +19,10 @@ hypothesis.settings.register_profile("deep", max_examples=1000, deadline=None, p
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-def round_to_bfloat16_as_a_gpu_does() -> None:
-    """Triton's interpreter cuts a float32 off where a GPU rounds it to the nearest bfloat16."""
-    from triton.runtime import interpreter
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    from . import interpreter
 
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def rounded(self, source, target):
-        if source.dtype.scalar != interpreter.tl.float32 or target.scalar != interpreter.tl.bfloat16:
-            return cast(self, source, target)
-        bits = torch.from_numpy(source.data.copy()).bfloat16().view(torch.uint16).numpy()
-        return interpreter.TensorHandle(bits, target.scalar)
-
-    interpreter.InterpreterBuilder.cast_impl = rounded
-
-
-if importlib.util.find_spec("triton") is not None:
-    round_to_bfloat16_as_a_gpu_does()
+    interpreter.as_on_a_gpu()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

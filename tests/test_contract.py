@@ -14,6 +14,7 @@ import torch
 import braze.kernels.triton
 from braze.kernels import OPS
 
+from .audit_meter import copy
 from .contract import Case, check_against_reference
 
 
@@ -223,6 +224,15 @@ def test_a_broken_kernel_fails_the_contract(mutant: Mutant, tmp_path: Path, monk
 @pytest.mark.parametrize(("op", "variant"), sorted({(m.op, m.variant) for m in MUTANTS.values()}))
 def test_the_kernels_as_they_are_pass(op: str, variant: str) -> None:
     assert _survives(op, variant)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has no guard")
+@pytest.mark.parametrize(("readable", "writable"), [(99, 100), (100, 99)], ids=["read", "written"])
+def test_an_element_behind_a_tensor_is_not_touched_unnoticed(readable: int, writable: int) -> None:
+    memory = torch.zeros(2, 100)
+    copy[(1,)](memory[0], memory[1], 100, BLOCK=128, TWICE=False)
+    with pytest.raises(Exception, match="outside its tensors"):
+        copy[(1,)](memory[0, :readable], memory[1, :writable], 100, BLOCK=128, TWICE=False)
 
 
 def _broken(mutant: Mutant, folder: Path) -> ModuleType:

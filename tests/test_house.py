@@ -121,6 +121,21 @@ def test_imports_from_another_folder(tmp_path: Path) -> None:
     assert run_python(code, tmp_path) == "imported\n"
 
 
+def test_the_folder_found_under_its_own_name_leaves_the_package_alone() -> None:
+    """``import transformers`` imports whatever is called ``kernels``; from the project's root, that is this folder."""
+    code = """
+    import braze.kernels, torch
+    registered = torch.ops.braze.linear_cross_entropy.default
+    import kernels
+    assert kernels.__file__ == braze.kernels.__file__
+    hidden, weight, target = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True), torch.tensor([0, 1])
+    loss = torch.compile(braze.kernels.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    loss(hidden, weight, target).backward()
+    print(torch.ops.braze.linear_cross_entropy.default is registered)
+    """
+    assert run_python(code, ROOT) == "True\n"
+
+
 BLOCK = """
     import sys
     for name in ("triton", "lightning", "pytorch_lightning", "rich", "transformers", "timm", "torchvision"):

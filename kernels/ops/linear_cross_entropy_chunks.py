@@ -16,6 +16,10 @@ from . import cross_entropy
 from .autocast import autocast_operands, autocasting, without_autocast
 from .head_chunks import Found, counted_rows, held_dtype, in_chunks, scaled
 
+#: Not "braze" where this folder is found as a package of its own (transformers looks for one named ``kernels``): to
+#: register an operator anew pulls the first one from under its users.
+_NAMESPACE = __name__.partition(".")[0]
+
 #: hidden, weight, target, bias, class_weight, token_weight.
 Tensors = Sequence[Any]
 
@@ -204,7 +208,7 @@ def _chosen(tensors: Tensors) -> Callable[..., Any]:
     return _CHUNKS[dispatch.choose(LINEAR_CROSS_ENTROPY, tuple(tensors)).backend]
 
 
-@torch.library.custom_op("braze::linear_cross_entropy", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::linear_cross_entropy", mutates_args=())
 def _opaque(
     hidden: Tensor,
     weight: Tensor,
@@ -238,7 +242,7 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *othe
     return loss, torch.empty_like(loss), *_shapes_of_gradients(hidden, weight, bias, ahead, held_dtype(weight.dtype))
 
 
-@torch.library.custom_op("braze::linear_cross_entropy_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::linear_cross_entropy_backward", mutates_args=())
 def _opaque_backward(
     grad: Tensor,
     hidden: Tensor,
