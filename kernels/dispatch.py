@@ -23,9 +23,9 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,18 @@ BACKENDS = ("eager", "compile", "triton")
 #: A compiled call costs about 0.1 ms more than a plain one, forward and backward; below this many elements (measured on
 #: two CPU cores with rms_norm, float32) it does not earn that back.
 SMALLEST_COMPILED = 16_384
+
+
+class Dispatched(Protocol):
+    """What has a name and implementations: an operator, or an optimizer's rule."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def impls(self) -> Mapping[str, Any]:
+        """By backend."""
 
 
 class Choice(NamedTuple):
@@ -112,9 +124,14 @@ def choose(op: Op, tensors: tuple[Tensor | None, ...]) -> Choice:
     return preferred(op, device.type, dtype, max(t.numel() for t in present))
 
 
-def preferred(op: Op, device: str, dtype: torch.dtype, elements: int) -> Choice:
+def asked() -> str | None:
+    """The backend that :func:`use_backend` or the environment asks for."""
+    return _forced or _valid(os.environ.get("BRAZE_BACKEND") or None, "the environment variable BRAZE_BACKEND")
+
+
+def preferred(op: Dispatched, device: str, dtype: torch.dtype, elements: int) -> Choice:
     """What :func:`choose` answers for ordinary tensors, the largest of which has so many elements."""
-    forced = _forced or _valid(os.environ.get("BRAZE_BACKEND") or None, "the environment variable BRAZE_BACKEND")
+    forced = asked()
     if forced:
         missing = unavailable(op, forced, device, dtype)
         if missing:
@@ -133,7 +150,7 @@ def preferred(op: Op, device: str, dtype: torch.dtype, elements: int) -> Choice:
     return Choice(backend, f"the default on {device!r}")
 
 
-def unavailable(op: Op, backend: str, device: str, dtype: torch.dtype) -> str | None:
+def unavailable(op: Dispatched, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why ``op`` cannot run ``backend`` on such tensors, and what would help; None if it can."""
     if backend != "eager" and device == "meta":
         return "meta tensors have no data to run a kernel on; only the plain form gives their shapes"

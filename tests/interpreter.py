@@ -66,6 +66,7 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
+            yield from getattr(value, "operands", ())  # of a table of addresses
         elif isinstance(value, tuple):
             yield from _tensors(value)
 

@@ -31,7 +31,8 @@ from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks
 
-_LOW = 0xFFFF_FFFF
+#: The low 32 bits of an int64.
+LOW = 0xFFFF_FFFF
 
 
 def reference(x: Tensor, seed: Tensor, *, threshold: int, scale: float) -> Tensor:
@@ -53,17 +54,17 @@ def kept(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     """The mask of dropout: boolean, of ``shape``; rows are counted in the order of a contiguous tensor."""
     k1, k2 = row_keys(seed, torch.arange(torch.Size(shape[:-1]).numel(), device=seed.device))
     d = torch.arange(shape[-1], device=seed.device)
-    bits = _mix(_mix(d ^ k1) ^ k2)
+    bits = mix(mix(d ^ k1) ^ k2)
     return ((bits >> 1) >= threshold).view(shape)
 
 
 def row_keys(seed: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """The two keys [N, 1] of each row number in ``n``. Two, so that rows that share one do not share a mask."""
-    first = _computed_once(_mix(seed & _LOW))
-    second = _computed_once(_mix(first ^ ((seed >> 32) & _LOW)))
-    low, high = n & _LOW, n >> 32
-    k1 = _mix(_computed_once(_mix(low ^ first)) ^ high ^ second)
-    k2 = _mix(_computed_once(_mix((low + second) & _LOW)) ^ high ^ first)
+    first = _computed_once(mix(seed & LOW))
+    second = _computed_once(mix(first ^ ((seed >> 32) & LOW)))
+    low, high = n & LOW, n >> 32
+    k1 = mix(_computed_once(mix(low ^ first)) ^ high ^ second)
+    k2 = mix(_computed_once(mix((low + second) & LOW)) ^ high ^ first)
     return _computed_once(k1).unsqueeze(-1), _computed_once(k2).unsqueeze(-1)
 
 
@@ -76,11 +77,12 @@ def _computed_once(keys: Tensor) -> Tensor:
     return keys.as_strided(keys.shape, keys.stride())
 
 
-def _mix(b: Tensor) -> Tensor:
+def mix(b: Any) -> Any:
+    """A hash of 32 bits, of int64 tensors or Python integers."""
     b = b ^ (b >> 15)
-    b = (b * 0x2C1B3C6D) & _LOW
+    b = (b * 0x2C1B3C6D) & LOW
     b = b ^ (b >> 12)
-    b = (b * 0x297A2D39) & _LOW
+    b = (b * 0x297A2D39) & LOW
     return b ^ (b >> 15)
 
 

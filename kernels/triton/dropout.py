@@ -19,7 +19,8 @@ from .launch import elementwise_tiles, launch, rows
 
 
 @triton.jit
-def _mix(b):
+def mix(b):
+    """A hash of 32 bits."""
     b ^= b >> 15
     b *= 0x2C1B3C6D
     b ^= b >> 12
@@ -31,17 +32,17 @@ def _mix(b):
 def row_keys(seed, n):
     """The two keys of each row in n; ``seed`` points to 64 bits."""
     key = tl.load(seed)
-    first = _mix(key.to(tl.uint32))
-    second = _mix(first ^ (key >> 32).to(tl.uint32))
+    first = mix(key.to(tl.uint32))
+    second = mix(first ^ (key >> 32).to(tl.uint32))
     low = n.to(tl.uint32)
     high = (n.to(tl.int64) >> 32).to(tl.uint32)
-    return _mix(_mix(low ^ first) ^ high ^ second), _mix(_mix(low + second) ^ high ^ first)
+    return mix(mix(low ^ first) ^ high ^ second), mix(mix(low + second) ^ high ^ first)
 
 
 @triton.jit
 def kept_in_row(k1, k2, d, threshold):
     """Whether the elements d of rows with these keys stay; d and the keys broadcast."""
-    bits = _mix(_mix(d.to(tl.uint32) ^ k1) ^ k2)
+    bits = mix(mix(d.to(tl.uint32) ^ k1) ^ k2)
     return (bits >> 1).to(tl.int32) >= threshold
 
 

@@ -1,0 +1,101 @@
+"""The audit of the optimizers' kernels: ``python -m braze.kernels.audit.optimizers traffic|code``.
+
+It prints a JSON record a line, for each thing that a step may do.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .machine_code import compiled
+from .traffic import metered
+
+#: Elements of the parameters that are updated together: one of many tiles, one of a part of a tile.
+SIZES = (64 * 2048, 1000)
+
+
+class Case(NamedTuple):
+    """A step: the rule, its states, what it does besides, and the dtypes of parameters and states."""
+
+    rule: str
+    states: int
+    options: tuple[str, ...]
+    parameter: torch.dtype = torch.float32
+    state: torch.dtype = torch.float32
+
+
+#: AdamW with all that may surround it, for three roundings, and each other rule as it is used most.
+CASES = {
+    "SGD": Case("sgd", 0, ()),
+    "SGD, Nesterov momentum": Case("sgd", 1, ("momentum", "nesterov", "maximize")),
+    "Adam, AMSGrad": Case("adam", 3, ("step", "amsgrad")),
+    "AdamW": Case("adam", 2, ("step", "decoupled")),
+    "AdamW, averaged and cleared": Case("adam", 2, ("step", "decoupled", "average", "clear")),
+    "AdamW, bfloat16, stochastic": Case("adam", 2, ("step", "decoupled", "stochastic"), torch.bfloat16),
+    "AdamW, bfloat16 states too": Case(
+        "adam", 2, ("step", "decoupled", "stochastic"), torch.bfloat16, torch.bfloat16
+    ),
+    "AdamW, bfloat16, Kahan": Case("adam", 2, ("step", "decoupled", "kahan"), torch.bfloat16),
+    "Lion": Case("lion", 1, ()),
+}  # fmt: skip
+
+
+def least_bytes(case: Case) -> int:
+    """What a step must move: all but the gradient is read and written."""
+    bytes_each = 2 * case.parameter.itemsize + case.parameter.itemsize + 2 * case.states * case.state.itemsize
+    bytes_each += 2 * torch.float32.itemsize if "average" in case.options else 0
+    bytes_each += case.parameter.itemsize if "clear" in case.options else 0
+    bytes_each += 2 * case.parameter.itemsize if "kahan" in case.options else 0
+    return sum(SIZES) * bytes_each
+
+
+def launches(case: Case, device: str) -> None:
+    """The sum of squares, and the step."""
+    from ..triton import optimizers as kernels
+
+    def each(dtype: torch.dtype, wanted: bool = True) -> list[Tensor | None]:
+        return [torch.zeros(size, dtype=dtype, device=device) if wanted else None for size in SIZES]
+
+    states = [each(case.state, s < case.states) for s in range(3)]
+    averages = each(torch.float32, "average" in case.options)
+    lost = each(case.parameter, "kahan" in case.options)
+    steps = [torch.ones((), device=device) for _ in SIZES]
+    roles: list[list[Any]] = [each(case.parameter), each(case.parameter), steps, *states, averages, lost]
+    table = kernels.table(roles, [0, 0], [1, 2], [False, False])
+    hyper = torch.full((1, {"sgd": 4, "adam": 5, "lion": 4}[case.rule]), 0.1, dtype=torch.float64, device=device)
+    number = torch.zeros((), device=device)
+    kernels.sum_of_squares(table)
+    kernels.step(
+        case.rule, table, hyper, case.states, case.options, factor=number, found_inf=number, average=0.1
+    )  # fmt: skip
+
+
+def traffic(name: str, case: Case) -> Iterator[dict[str, Any]]:
+    """Bytes moved by each kernel, and the least that could be."""
+    with metered() as meter:
+        launches(case, "cpu")
+    gradients = sum(SIZES) * case.parameter.itemsize
+    for kernel, least in (("_squares", gradients), ("_step", least_bytes(case))):
+        moved = meter.moved[kernel]
+        yield {"case": name, "kernel": kernel, "bytes": moved, "least_bytes": least, "ratio": moved / least}
+
+
+def code(name: str, case: Case) -> Iterator[dict[str, Any]]:
+    """A record for each kernel and target."""
+    with compiled() as codes:
+        launches(case, "meta")
+    for kernel in codes:
+        yield {"case": name, **kernel._asdict()}
+
+
+if __name__ == "__main__":
+    audit = {"traffic": traffic, "code": code}[sys.argv[1]]
+    for name, case in CASES.items():
+        for record in audit(name, case):
+            print(json.dumps(record), flush=True)

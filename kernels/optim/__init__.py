@@ -1,0 +1,7 @@
+"""Optimizers with the arguments and the state of ``torch.optim``, whose step is one pass over memory."""
+
+from .adam import Adam as Adam
+from .adam import AdamW as AdamW
+from .lion import Lion as Lion
+from .sgd import SGD as SGD
+from .step import FusedStep as FusedStep

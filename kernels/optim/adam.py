@@ -1,0 +1,151 @@
+"""Adam and AdamW.
+
+    Adam:  d = g + λ·p          AdamW:  p ← (1 − η·λ)·p,  d = g
+    m ← β₁·m + (1 − β₁)·d       v ← β₂·v + (1 − β₂)·d²       AMSGrad: v̂ ← max(v̂, v) in the place of v below
+    p ← p − η / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)        t: the number of the step, from 1
+
+Source: ``torch.optim.Adam`` and ``AdamW``; Kingma and Ba, Adam (2015); Loshchilov and Hutter, Decoupled Weight Decay
+Regularization (2019); Reddi et al., On the Convergence of Adam and Beyond (2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from .rule import Rule, Scalars
+from .step import Extras, FusedStep, Params
+
+
+def reference(
+    p: Tensor, g: Tensor, states: Sequence[Tensor], scalars: Scalars, options: tuple[str, ...], first: bool
+) -> tuple[Tensor, ...]:
+    """One step in plain PyTorch."""
+    size, root, kept, weight_decay, to_m, beta2, to_v, eps = scalars
+    m, v, *top = states
+    if "decoupled" in options:
+        p = p * kept
+    else:
+        g = g + weight_decay * p
+    m = m + to_m * (g - m)
+    v = beta2 * v + to_v * g * g
+    if "amsgrad" in options:
+        top = [torch.maximum(top[0], v)]
+    return p - size * (m / ((top[0] if top else v).sqrt() / root + eps)), m, v, *top
+
+
+def _aten(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[list[Tensor]],
+    steps: list[Tensor],
+    group: dict[str, Any],
+    options: tuple[str, ...],
+    first: bool,
+    scale: Tensor | None,
+) -> None:
+    m, v, *top = states
+    call: Any = torch._fused_adamw_ if "decoupled" in options else torch._fused_adam_
+    call(
+        params,
+        grads,
+        m,
+        v,
+        *(top or [[]]),
+        steps,
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad="amsgrad" in options,
+        maximize="maximize" in options,
+        grad_scale=scale,
+    )
+
+
+class _Moments(FusedStep):
+    """What Adam and AdamW share."""
+
+    rule = Rule("adam", reference, {"triton": None, "compile": None}, _aten)
+
+    def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
+
+    def _hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+
+    def _scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        lr, beta1, beta2, eps, weight_decay = self._hyper(group)
+        size, root = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+        return size, root, 1 - lr * weight_decay, weight_decay, 1 - beta1, beta2, 1 - beta2, eps
+
+    def _options(self, group: dict[str, Any]) -> tuple[str, ...]:
+        flags = {"decoupled": group["decoupled_weight_decay"], **{k: group[k] for k in ("maximize", "amsgrad")}}
+        return ("step", *(name for name, on in flags.items() if on))
+
+
+class Adam(_Moments, torch.optim.Adam):
+    """Drop-in for ``torch.optim.Adam``: its arguments, parameter groups and state; a step is one launch.
+
+    Args:
+        params: as there, and so are the others up to decoupled_weight_decay; differentiable must be False.
+        extras: see :class:`braze.kernels.optim.FusedStep`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        **extras: Unpack[Extras],
+    ) -> None:
+        self._set_extras(differentiable, **extras)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize, capturable=capturable,
+            fused=fused, decoupled_weight_decay=decoupled_weight_decay,
+        )  # fmt: skip
+
+
+class AdamW(_Moments, torch.optim.AdamW):
+    """Drop-in for ``torch.optim.AdamW``: its arguments, parameter groups and state; a step is one launch.
+
+    Args:
+        params: as there, and so are the others up to fused; differentiable must be False.
+        extras: see :class:`braze.kernels.optim.FusedStep`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **extras: Unpack[Extras],
+    ) -> None:
+        self._set_extras(differentiable, **extras)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize, capturable=capturable,
+            fused=fused,
+        )  # fmt: skip

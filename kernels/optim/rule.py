@@ -1,0 +1,112 @@
+"""What one step does to one parameter, in plain PyTorch: the rule of an optimizer, and what may happen around it.
+
+    x = p + c                     c: what rounding took from p before ("kahan")
+    x, s = rule(x, g·factor, s)   s: the states, such as the momentum; in float32 or wider
+    a ← a + (1 − decay)·(x − a)   a running average of the parameter ("average")
+    p ← round(x),  c ← x − p      round: to nearest, or stochastic
+
+Stochastic rounding of x between its neighbours l < u in bfloat16 gives u with probability (x − l) / (u − l), so that
+its expectation is x: Gupta et al., Deep Learning with Limited Numerical Precision (2015); Zamirai et al., Revisiting
+BFloat16 Training (2020), who also compensate as Kahan (1965) does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.dropout import LOW, mix
+
+Scalars = Sequence[Any]
+
+
+class Rule(NamedTuple):
+    """An optimizer's mathematics.
+
+    Attributes:
+        name: as the Triton kernels know it.
+        reference: ``(p, g, states, scalars, options, first) -> (p, *states)``, all tensors in float32 or wider.
+        impls: the backends that have it, beside the plain form.
+        aten: ``(params, grads, states, steps, group, options, first, scale) -> None``, PyTorch's own fused CPU kernel.
+    """
+
+    name: str
+    reference: Callable[..., tuple[Tensor, ...]]
+    impls: Mapping[str, Any]
+    aten: Callable[..., None] | None = None
+
+
+def update(
+    p: Tensor,
+    g: Tensor,
+    s1: Tensor | None,
+    s2: Tensor | None,
+    s3: Tensor | None,
+    average: Tensor | None,
+    lost: Tensor | None,
+    scalars: Tensor,
+    factor: Tensor | None,
+    keys: Tensor | None,
+    *,
+    reference: Callable[..., tuple[Tensor, ...]],
+    options: tuple[str, ...],
+    first: bool,
+    weight: float,
+) -> None:
+    """A step of one parameter, in place; ``scalars`` is what the rule makes of its group, ``weight`` 1 − decay."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    states = [s for s in (s1, s2, s3) if s is not None]
+    x, d = p.to(wide), g.to(wide)
+    if factor is not None:
+        d = d * factor
+    if "maximize" in options:
+        d = -d
+    if lost is not None:
+        x = x + lost.to(wide)
+    x, *found = reference(x, d, [s.to(wide) for s in states], scalars.unbind(), options, first)
+    if average is not None:
+        average.add_(x.to(average.dtype) - average, alpha=weight)
+    if keys is not None:
+        bits = random_bits(keys, p)
+        more = mix(bits)
+        x = rounded(x, bits & 0xFFFF)
+        if states and states[0].dtype == torch.bfloat16:
+            draws = (bits >> 16, more & 0xFFFF, more >> 16)
+            found = [rounded(s, draw) for s, draw in zip(found, draws, strict=False)]
+    p.copy_(x)
+    if lost is not None:
+        lost.copy_(x - p.to(wide))
+    for state, new in zip(states, found, strict=True):
+        state.copy_(new)
+    if "clear" in options:
+        g.zero_()
+
+
+def key(seed: int, number: int) -> int:
+    """32 bits for the parameter with this number."""
+    hashed: int = mix(mix(seed) ^ number)
+    return hashed
+
+
+def random_keys(seed: int, number: int, step: Any) -> tuple[Any, Any]:
+    """Two times 32 bits for the parameter with this number, at this step."""
+    low = mix(key(seed, number) ^ step)
+    return low, mix((mix(low ^ 0x5BD1E995) + step) & LOW)
+
+
+def random_bits(keys: Tensor, p: Tensor) -> Tensor:
+    """32 random bits for each element of p, which depend on its place alone."""
+    low, high = keys.unbind()
+    n = torch.arange(p.numel(), device=p.device) & LOW
+    bits: Tensor = mix(mix(n ^ low) ^ high)
+    return bits.view(p.shape)
+
+
+def rounded(x: Tensor, bits: Tensor) -> Tensor:
+    """Float32 x, each element at one of its two neighbours in bfloat16, chosen by 16 random ``bits``."""
+    raw = x.view(torch.int32)
+    finite = (raw & 0x7F800000) != 0x7F800000
+    return torch.where(finite, (raw + bits.to(torch.int32)) & -65536, raw).view(torch.float32)

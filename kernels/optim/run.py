@@ -1,0 +1,137 @@
+"""How a bucket of parameters is updated: by a Triton launch, by PyTorch's fused CPU kernel, or one by one."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..compiled import compiled_call
+from .bucket import Bucket, Kind
+from .rule import key, random_keys, update
+
+if TYPE_CHECKING:
+    from .step import FusedStep
+
+
+class Around(NamedTuple):
+    """What surrounds the rule in a step.
+
+    Attributes:
+        factor: of the gradients.
+        found_inf: not 0 if there is to be no step.
+        weight: 1 − decay of the running averages.
+        seed: of stochastic rounding.
+    """
+
+    factor: Tensor | None
+    found_inf: Tensor | None
+    weight: float
+    seed: int
+
+
+def run(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around) -> None:
+    """One step of every parameter in the bucket."""
+    steps = [step for step in bucket.steps if step is not None]
+    if steps:
+        torch._foreach_add_(steps, 1 if around.found_inf is None else 1 - around.found_inf)
+    if kind.device.type == "cpu" and dispatch.asked() is None and _has_aten(optimizer, kind):
+        _aten(optimizer, kind, bucket, around)
+        return
+    widest = max((kind.parameter, kind.gradient), key=lambda dtype: dtype.itemsize)
+    elements = max(p.numel() for p in bucket.params)
+    backend = dispatch.preferred(optimizer.rule, kind.device.type, widest, elements).backend
+    if backend == "triton" and kind.dense:
+        _triton(optimizer, kind, bucket, around)
+    else:
+        _one_by_one(optimizer, kind, bucket, around, compiled=backend == "compile")
+
+
+def _has_aten(optimizer: FusedStep, kind: Kind) -> bool:
+    rounds = "stochastic" in kind.options or "kahan" in kind.options
+    alike = kind.parameter == kind.gradient == kind.state
+    return optimizer.rule.aten is not None and kind.dense and alike and not rounds
+
+
+def _aten(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around) -> None:
+    assert optimizer.rule.aten is not None
+    scale = None if around.factor is None else 1.0 / around.factor
+    calls = list(zip(bucket.groups, bucket.first, strict=True))
+    for call in dict.fromkeys(calls):
+        own = [i for i, its in enumerate(calls) if its == call]
+        params, grads, steps = ([row[i] for i in own] for row in (bucket.params, bucket.grads, bucket.steps))
+        states = [list(row) for row in zip(*(bucket.states[i] for i in own), strict=True)]
+        index, first = call
+        optimizer.rule.aten(params, grads, states, steps, optimizer.param_groups[index], kind.options, first, scale)
+    averages = [a for a in bucket.averages if a is not None]
+    if averages:
+        torch._foreach_lerp_(averages, [p.to(averages[0].dtype) for p in bucket.params], around.weight)
+    if "clear" in kind.options:
+        torch._foreach_zero_(bucket.grads)
+
+
+def _one_by_one(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around, *, compiled: bool) -> None:
+    if around.found_inf is not None and around.found_inf:
+        return
+    scalars: dict[Any, Tensor] = {}
+    for i, p in enumerate(bucket.params):
+        step, index = bucket.steps[i], bucket.groups[i]
+        now: Any = step
+        if step is not None:
+            now = step.item() if step.device.type == "cpu" else step.double()
+        if (index, now) not in scalars:
+            scalars[index, now] = _numbers(optimizer._scalars(optimizer.param_groups[index], now), p)
+        keys = None
+        if "stochastic" in kind.options:
+            whole = now.long() if isinstance(now, Tensor) else int(now)
+            keys = _numbers(random_keys(around.seed, bucket.numbers[i], whole), p, torch.int64)
+        tensors = (p, bucket.grads[i], *_three(bucket.states[i]), bucket.averages[i], bucket.lost[i])
+        if kind.dense:
+            tensors = tuple(None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors)
+        operands = (*tensors, scalars[index, now], around.factor, keys)
+        options = {
+            "reference": optimizer.rule.reference,
+            "options": kind.options,
+            "first": bucket.first[i],
+            "weight": around.weight,
+        }
+        if compiled and p.numel() >= dispatch.SMALLEST_COMPILED:
+            compiled_call(update, operands, options)
+        else:
+            update(*operands, **options)  # type: ignore[arg-type]  # one tuple for both calls
+
+
+def _three(states: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return (*states, None, None, None)[:3]
+
+
+def _numbers(values: Any, p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers, some of them perhaps on p's device already, as one tensor there."""
+    dtype = dtype or torch.promote_types(p.dtype, torch.float32)
+    if not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor(values, dtype=dtype, device=p.device)
+    return torch.stack([torch.as_tensor(value, dtype=dtype, device=p.device).reshape(()) for value in values])
+
+
+def _triton(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around) -> None:
+    from ..triton import optimizers as kernels
+
+    states = [list(row) for row in zip(*map(_three, bucket.states), strict=True)]
+    roles: list[list[Any]] = [bucket.params, bucket.grads, bucket.steps, *states, bucket.averages, bucket.lost]
+    keys = [key(around.seed, number) for number in bucket.numbers]
+    hyper = [value for group in optimizer.param_groups for value in optimizer._hyper(group)]
+    index = kind.device.index
+    with contextlib.nullcontext() if index is None else torch.accelerator.device_index(index):
+        kernels.step(
+            optimizer.rule.name,
+            kernels.table(roles, bucket.groups, keys, bucket.first),
+            _numbers(hyper, bucket.params[0], torch.float64).view(len(optimizer.param_groups), -1),
+            len(bucket.states[0]),
+            kind.options,
+            factor=around.factor,
+            found_inf=around.found_inf,
+            average=around.weight,
+        )

@@ -1,0 +1,99 @@
+"""Stochastic gradient descent.
+
+    d = g + λ·p
+    b ← μ·b + (1 − τ)·d       the first time b ← d       μ: momentum, τ: dampening
+    p ← p − η·b               Nesterov: p ← p − η·(d + μ·b)
+
+Source: ``torch.optim.SGD``; Sutskever et al., On the importance of initialization and momentum (2013).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from .rule import Rule, Scalars
+from .step import Extras, FusedStep, Params
+
+
+def reference(
+    p: Tensor, g: Tensor, states: Sequence[Tensor], scalars: Scalars, options: tuple[str, ...], first: bool
+) -> tuple[Tensor, ...]:
+    """One step in plain PyTorch."""
+    lr, momentum, dampening, weight_decay = scalars
+    g = g + weight_decay * p
+    if "momentum" not in options:
+        return (p - lr * g,)
+    b = g if first else momentum * states[0] + (1 - dampening) * g
+    return p - lr * (g + momentum * b if "nesterov" in options else b), b
+
+
+def _aten(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[list[Tensor]],
+    steps: list[Tensor],
+    group: dict[str, Any],
+    options: tuple[str, ...],
+    first: bool,
+    scale: Tensor | None,
+) -> None:
+    torch._fused_sgd_(
+        params,
+        grads,
+        *(states or [[]]),
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        lr=group["lr"],
+        dampening=group["dampening"],
+        nesterov="nesterov" in options,
+        maximize="maximize" in options,
+        is_first_step=first,
+        grad_scale=scale,
+    )
+
+
+class SGD(FusedStep, torch.optim.SGD):
+    """Drop-in for ``torch.optim.SGD``: its arguments, parameter groups and state; a step is one launch.
+
+    Args:
+        params: as there, and so are the others up to differentiable, which must be False.
+        extras: see :class:`braze.kernels.optim.FusedStep`.
+    """
+
+    rule = Rule("sgd", reference, {"triton": None, "compile": None}, _aten)
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **extras: Unpack[Extras],
+    ) -> None:
+        self._set_extras(differentiable, **extras)
+        super().__init__(
+            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach, fused=fused
+        )
+
+    def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return group["lr"], group["momentum"], group["dampening"], group["weight_decay"]
+
+    def _scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        return self._hyper(group)
+
+    def _options(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(name for name in ("maximize", "nesterov", "momentum") if group[name])

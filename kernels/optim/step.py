@@ -1,0 +1,279 @@
+"""The step that all optimizers share: everything is checked, then everything of one kind is updated in one launch.
+
+=============================  =====================================================================================
+where                          what runs
+=============================  =====================================================================================
+inside ``torch.compile``       the step of the torch optimizer, which the compiler fuses; Lion's in plain PyTorch
+CUDA, ROCm, XPU parameters     Triton: one launch for all parameters of one dtype, and one more for the norm
+CPU parameters                 PyTorch's own fused kernel where it has one, a compiled form of the rule where not
+anything else                  the rule in plain PyTorch
+=============================  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypedDict, cast
+
+import torch
+from torch import Tensor
+
+from .bucket import Bucket, Kind, is_dense, local, shards, total_norm
+from .rule import Rule
+from .run import Around, run
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+ROUNDINGS = ("nearest", "stochastic", "kahan")
+
+
+class Extras(TypedDict, total=False):
+    """What :class:`FusedStep` takes beside the arguments of the torch optimizer."""
+
+    max_norm: float | None
+    ema_decay: float | None
+    rounding: str
+    state_dtype: torch.dtype | None
+    clear_gradients: bool
+    seed: int
+
+
+class FusedStep(torch.optim.Optimizer):
+    """An optimizer whose step is one pass over memory, with all that usually surrounds it in the same pass.
+
+    The constructors of its subclasses take these keyword arguments beside those of the torch optimizer. They are not
+    part of the parameter groups: a checkpoint of the torch optimizer resumes here, and the reverse.
+    What they keep in the state (``ema``, ``compensation``) the torch optimizer ignores.
+
+    ``p.grad`` may or may not hold the unscaled and clipped gradient after a step. GradScaler leaves the unscaling to
+    the step, which a gradient that is not finite turns into none, without a wait for the device.
+
+    Args:
+        max_norm: the gradients are scaled down to this norm over all parameters and shards, if theirs is larger, as
+            ``torch.nn.utils.clip_grad_norm_`` does; ``gradient_norm`` then holds their norm before.
+        ema_decay: of a running average of the parameters, ``ema ← decay·ema + (1 − decay)·p``, in float32; it starts as
+            the parameters before the first step. :meth:`averaged` puts it in their place.
+        rounding: of bfloat16 parameters: "nearest"; "stochastic", which is right on average; or "kahan", which
+            remembers what rounding took (2 more bytes for each element). The last two train as float32 does.
+        state_dtype: of the states; None is the parameter's own, or float32 where the rounding is not "nearest".
+            "stochastic" rounds states in bfloat16 as it does the parameters.
+        clear_gradients: whether the step leaves zeros in the gradients.
+        seed: of stochastic rounding, in [0, 2³¹). Equal seeds, gradients and steps round equally, on every device.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+        TypeError: from a step, before anything is changed, if a parameter or gradient is sparse, complex or integer.
+    """
+
+    rule: Rule
+    #: The norm of all gradients at the last step, if ``max_norm`` is given.
+    gradient_norm: Tensor | None = None
+    _step_supports_amp_scaling = True
+
+    # What the subclass says of a group: the names of its states, its hyperparameters in the order of the Triton kernel,
+    # what the plain form makes of them at a step, and the names of what it does.
+    _states: Callable[[dict[str, Any]], tuple[str, ...]]
+    _hyper: Callable[[dict[str, Any]], tuple[Any, ...]]
+    _scalars: Callable[[dict[str, Any], Any], tuple[Any, ...]]
+    _options: Callable[[dict[str, Any]], tuple[str, ...]]
+
+    def _set_extras(self, differentiable: bool = False, **extras: Any) -> None:
+        name = type(self).__name__
+        self._extras: Extras = {
+            "max_norm": None, "ema_decay": None, "rounding": "nearest", "state_dtype": None,
+            "clear_gradients": False, "seed": 0,
+        }  # fmt: skip
+        unknown = extras.keys() - self._extras.keys()
+        if unknown:
+            known = ", ".join(self._extras)
+            raise TypeError(f"{name}: no argument {', '.join(sorted(unknown))}; beside torch's own there are {known}")
+        e = self._extras = cast(Extras, self._extras | extras)
+        if differentiable:
+            raise ValueError(
+                f"{name}: differentiable must be False, a fused step has no gradient; use torch.optim.{name}"
+            )
+        if e["max_norm"] is not None and not e["max_norm"] > 0.0:
+            raise ValueError(f"{name}: max_norm must be positive, got {e['max_norm']}; None is for no clipping")
+        if e["ema_decay"] is not None and not 0.0 <= e["ema_decay"] < 1.0:
+            raise ValueError(f"{name}: ema_decay must lie in [0, 1), got {e['ema_decay']}; None is for no average")
+        if e["rounding"] not in ROUNDINGS:
+            raise ValueError(f"{name}: rounding must be one of {', '.join(ROUNDINGS)}, got {e['rounding']!r}")
+        if e["state_dtype"] not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"{name}: state_dtype must be torch.float32 or torch.bfloat16, got {e['state_dtype']}")
+        if not 0 <= e["seed"] < 2**31:
+            raise ValueError(f"{name}: seed must lie in [0, 2**31), got {e['seed']}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss, and the gradients with it.
+
+        Returns:
+            what the closure returned; None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plain = all(self._extras[name] in (None, False, "nearest") for name in ("max_norm", "ema_decay", "rounding"))
+        if torch.compiler.is_compiling() and plain and type(self).__mro__[-3] is not FusedStep:
+            super().step()
+        else:
+            self._fused_step()
+        return loss
+
+    @torch.compiler.disable
+    def _fused_step(self) -> None:
+        self._check()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu":
+            if found_inf:
+                return
+            found_inf = None
+        buckets = self._buckets()
+        factor = self._factor(buckets)
+        weight = 1.0 - (self._extras["ema_decay"] or 0.0)
+        for kind, bucket in buckets.items():
+            factor, found_inf = (
+                None if t is None else t.to(kind.device, non_blocking=True) for t in (factor, found_inf)
+            )
+            run(self, kind, bucket, Around(factor, found_inf, weight, self._extras["seed"]))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the torch optimizer's, but states keep a dtype that is not their parameter's."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            for name, value in saved.get(i, {}).items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.is_floating_point()
+                    and value.dtype != p.dtype
+                    and name != "step"
+                ):
+                    self.state[p][name] = value.to(p.device, copy=True)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the running averages in the place of the parameters inside the ``with`` block.
+
+        Raises:
+            RuntimeError: if there is no ``ema_decay``.
+        """
+        if self._extras["ema_decay"] is None:
+            raise RuntimeError(f"{type(self).__name__}: there is no running average; give the optimizer an ema_decay")
+        params = [p for group in self.param_groups for p in group["params"] if "ema" in self.state[p]]
+        own = [p.detach().clone() for p in params]
+        with torch.no_grad():
+            for p in params:
+                p.copy_(self.state[p]["ema"])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(params, own, strict=True):
+                    p.copy_(value)
+
+    def _check(self) -> None:
+        """Refuse what a step cannot update, before it updates anything."""
+        name = type(self).__name__
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided:
+                    raise TypeError(
+                        f"{name}: gradients must be dense, got one of layout {p.grad.layout} for a parameter "
+                        f"{tuple(p.shape)}; use sparse=False in the layer, or torch.optim.SparseAdam for it"
+                    )
+                if not p.is_floating_point():
+                    raise TypeError(
+                        f"{name}: parameters must be real floating-point tensors, got {p.dtype} of shape "
+                        f"{tuple(p.shape)}; give these to the optimizer of torch.optim"
+                    )
+                if self._extras["rounding"] != "nearest" and p.dtype == torch.float16:
+                    raise TypeError(
+                        f"{name}: rounding={self._extras['rounding']!r} is for torch.bfloat16 parameters, got "
+                        f"torch.float16; use model.bfloat16(), or a float32 model under autocast"
+                    )
+
+    def _buckets(self) -> dict[Kind, Bucket]:
+        """All parameters with a gradient, by kind; states that are missing are made."""
+        buckets: dict[Kind, Bucket] = {}
+        number = -1
+        for index, group in enumerate(self.param_groups):
+            names, options = self._states(group), self._options(group)
+            for p in group["params"]:
+                number += 1
+                if p.grad is not None:
+                    self._add(buckets, p, index, number, names, options)
+        return buckets
+
+    def _add(
+        self,
+        buckets: dict[Kind, Bucket],
+        p: Tensor,
+        index: int,
+        number: int,
+        names: tuple[str, ...],
+        options: tuple[str, ...],
+    ) -> None:
+        e, state = self._extras, self.state[p]
+        rounds = e["rounding"] != "nearest" and p.dtype == torch.bfloat16
+        dtype = e["state_dtype"] or (torch.float32 if rounds else p.dtype)
+        first = any(state.get(name) is None for name in names)
+        wanted = dict.fromkeys(names, dtype)
+        if rounds:
+            options += (e["rounding"],)
+            wanted |= {"compensation": p.dtype} if e["rounding"] == "kahan" else {}
+        if e["ema_decay"] is not None:
+            options += ("average",)
+            wanted["ema"] = torch.promote_types(p.dtype, torch.float32)
+        if e["clear_gradients"]:
+            options += ("clear",)
+        for name, its in wanted.items():
+            if state.get(name) is None:
+                state[name] = torch.zeros_like(p, dtype=its) if name != "ema" else p.detach().to(its, copy=True)
+            elif state[name].dtype != its or state[name].stride() != p.stride():
+                state[name] = torch.empty_like(p, dtype=its).copy_(state[name])
+        if "stochastic" in options and "step" not in options:
+            options += ("step",)
+        if "step" in options:
+            state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).to(p.device)
+        assert p.grad is not None
+        p_local, grad = local(p), local(p.grad, like=p)
+        dense = is_dense(p_local)
+        if dense and grad.stride() != p_local.stride():
+            grad = torch.empty_like(p_local, dtype=grad.dtype).copy_(grad)
+            if e["clear_gradients"]:
+                local(p.grad).zero_()
+        kind = Kind(p_local.device, p_local.dtype, grad.dtype, dtype, options, dense, shards(p))
+        buckets.setdefault(kind, Bucket()).append(
+            params=p_local,
+            grads=grad,
+            steps=state["step"] if "step" in options else None,
+            states=tuple(local(state[name]) for name in names),
+            averages=local(state["ema"]) if "average" in options else None,
+            lost=local(state["compensation"]) if "kahan" in options else None,
+            groups=index,
+            numbers=number,
+            first=first,
+        )
+
+    def _factor(self, buckets: dict[Kind, Bucket]) -> Tensor | None:
+        """What the gradients are multiplied by: unscaled and clipped."""
+        scale, max_norm = getattr(self, "grad_scale", None), self._extras["max_norm"]
+        if not buckets or (scale is None and max_norm is None):
+            return None
+        factor = torch.ones(()) if scale is None else 1.0 / scale.float()
+        if max_norm is not None:
+            norm = total_norm(buckets)
+            factor = factor.to(norm.device)
+            self.gradient_norm = norm * factor
+            factor = factor * (max_norm / (self.gradient_norm + 1e-6)).clamp(max=1.0)
+        return factor

@@ -1,0 +1,321 @@
+"""One launch of an optimizer's step over all parameters of one kind.
+
+A launch reads a table: of each tensor the addresses of what belongs to it, its size, its group and a random key; of
+each tile of TILE elements the tensor and the place in it. Everything that a step does to an element happens while it is
+in registers: parameter and state are read and written once, the gradient is read once.
+
+    p parameter · g gradient · s₁ s₂ … states · a running average of p · c what rounding took from p
+
+Tiles that are whole run without a mask, whose end the compiler could not know to be a multiple of 16 bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dropout import mix
+from .launch import launch
+
+#: With 4 warps, two 16-byte accesses of bfloat16 a thread and operand.
+TILE = 2048
+
+#: What a step may do besides, as bits of a kernel's OPTIONS.
+OPTIONS = {
+    name: 1 << bit
+    for bit, name in enumerate(
+        ("step", "maximize", "clear", "average", "stochastic", "kahan", "momentum", "nesterov", "decoupled", "amsgrad")
+    )
+}
+_STEP = tl.constexpr(OPTIONS["step"])
+_MAXIMIZE = tl.constexpr(OPTIONS["maximize"])
+_CLEAR = tl.constexpr(OPTIONS["clear"])
+_AVERAGE = tl.constexpr(OPTIONS["average"])
+_STOCHASTIC = tl.constexpr(OPTIONS["stochastic"])
+_KAHAN = tl.constexpr(OPTIONS["kahan"])
+_MOMENTUM = tl.constexpr(OPTIONS["momentum"])
+_NESTEROV = tl.constexpr(OPTIONS["nesterov"])
+_DECOUPLED = tl.constexpr(OPTIONS["decoupled"])
+_AMSGRAD = tl.constexpr(OPTIONS["amsgrad"])
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _pointer(addresses, role: tl.constexpr, t, N, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(addresses + role * N + t).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _load(pointer, n, size, MASKED: tl.constexpr):
+    x = tl.load(pointer + n, n < size, other=0.0) if MASKED else tl.load(pointer + n)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, n, size, x, MASKED: tl.constexpr):
+    x = x.to(pointer.dtype.element_ty)
+    if MASKED:
+        tl.store(pointer + n, x, n < size)
+    else:
+        tl.store(pointer + n, x)
+
+
+@triton.jit
+def _rounded(x, bits):
+    """x to one of its two neighbours in bfloat16, the nearer one the likelier; ``bits`` are 16 random ones."""
+    raw = x.to(tl.int32, bitcast=True)
+    finite = (raw & 0x7F800000) != 0x7F800000
+    raw = tl.where(finite, (raw + bits) & -65536, raw)
+    return raw.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _random(key, step, n):
+    """32 random bits for each element n of a tensor with this key, at this step."""
+    low = mix(key.to(tl.uint32) ^ step.to(tl.uint32))
+    high = mix(mix(low ^ 0x5BD1E995) + step.to(tl.uint32))
+    return mix(mix(n.to(tl.uint32) ^ low) ^ high).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _sgd(p, g, s1, h, first, OPTIONS: tl.constexpr):
+    # h: lr, momentum, dampening, weight_decay
+    lr, momentum = tl.load(h).to(tl.float32), tl.load(h + 1).to(tl.float32)
+    kept, weight_decay = (1.0 - tl.load(h + 2)).to(tl.float32), tl.load(h + 3).to(tl.float32)
+    g += weight_decay * p
+    if _MOMENTUM & OPTIONS:
+        s1 = momentum * s1 + tl.where(first != 0, 1.0, kept) * g
+        if _NESTEROV & OPTIONS:
+            g += momentum * s1
+        else:
+            g = s1
+    return p - lr * g, s1
+
+
+@triton.jit
+def _adam(p, g, s1, s2, s3, h, step, OPTIONS: tl.constexpr):
+    # h: lr, beta1, beta2, eps, weight_decay
+    lr, eps, weight_decay = tl.load(h), tl.load(h + 3).to(tl.float32), tl.load(h + 4)
+    beta1, beta2 = tl.load(h + 1), tl.load(h + 2)
+    t = step.to(tl.float64)
+    size = (lr / (1.0 - tl.exp(t * tl.log(beta1)))).to(tl.float32)
+    root = tl.sqrt(1.0 - tl.exp(t * tl.log(beta2))).to(tl.float32)
+    if _DECOUPLED & OPTIONS:
+        p *= (1.0 - lr * weight_decay).to(tl.float32)
+    else:
+        g += weight_decay.to(tl.float32) * p
+    s1 += (1.0 - beta1).to(tl.float32) * (g - s1)
+    s2 = beta2.to(tl.float32) * s2 + (1.0 - beta2).to(tl.float32) * g * g
+    top = s2
+    if _AMSGRAD & OPTIONS:
+        s3 = tl.maximum(s3, s2, propagate_nan=tl.PropagateNan.ALL)
+        top = s3
+    return p - size * (s1 / (tl.sqrt(top) / root + eps)), s1, s2, s3
+
+
+@triton.jit
+def _lion(p, g, s1, h):
+    # h: lr, beta1, beta2, weight_decay
+    lr, beta1, beta2, weight_decay = tl.load(h), tl.load(h + 1), tl.load(h + 2), tl.load(h + 3)
+    c = beta1.to(tl.float32) * s1 + (1.0 - beta1).to(tl.float32) * g
+    sign = tl.where(c > 0.0, 1.0, tl.where(c < 0.0, -1.0, c))  # of zero zero, of NaN NaN
+    s1 = beta2.to(tl.float32) * s1 + (1.0 - beta2).to(tl.float32) * g
+    return p * (1.0 - lr * weight_decay).to(tl.float32) - lr.to(tl.float32) * sign, s1
+
+
+@triton.jit
+def _tile(
+    addresses, N, t, n, size, key, first, h, factor, average,
+    RULE: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    # Roles: parameter, gradient, step, states, running average, what rounding took.
+    p_pointer = _pointer(addresses, 0, t, N, P, ALIGNED)
+    g_pointer = _pointer(addresses, 1, t, N, G, ALIGNED)
+    step = 0.0
+    if _STEP & OPTIONS:
+        step = tl.load(_pointer(addresses, 2, t, N, tl.float32, False))
+    p = _load(p_pointer, n, size, MASKED)
+    g = _load(g_pointer, n, size, MASKED) * factor
+    if _CLEAR & OPTIONS:
+        _store(g_pointer, n, size, tl.zeros_like(g), MASKED)
+    if _MAXIMIZE & OPTIONS:
+        g = -g
+    s1 = p
+    s2 = p
+    s3 = p
+    if STATES > 0:
+        s1 = _load(_pointer(addresses, 3, t, N, S, ALIGNED), n, size, MASKED)
+    if STATES > 1:
+        s2 = _load(_pointer(addresses, 4, t, N, S, ALIGNED), n, size, MASKED)
+    if STATES > 2:
+        s3 = _load(_pointer(addresses, 5, t, N, S, ALIGNED), n, size, MASKED)
+    if _KAHAN & OPTIONS:
+        c_pointer = _pointer(addresses, 7, t, N, P, ALIGNED)
+        p += _load(c_pointer, n, size, MASKED)
+    if RULE == "sgd":
+        p, s1 = _sgd(p, g, s1, h, first, OPTIONS)
+    elif RULE == "adam":
+        p, s1, s2, s3 = _adam(p, g, s1, s2, s3, h, step, OPTIONS)
+    else:
+        p, s1 = _lion(p, g, s1, h)
+    if _AVERAGE & OPTIONS:
+        a_pointer = _pointer(addresses, 6, t, N, tl.float32, ALIGNED)
+        a = _load(a_pointer, n, size, MASKED)
+        _store(a_pointer, n, size, a + average * (p - a), MASKED)
+    if _STOCHASTIC & OPTIONS:
+        bits = _random(key, step, n)
+        p = _rounded(p, bits & 65535)
+        if tl.bfloat16 == S:
+            s1 = _rounded(s1, (bits >> 16) & 65535)
+            more = mix(bits.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
+            s2 = _rounded(s2, more & 65535)
+            s3 = _rounded(s3, (more >> 16) & 65535)
+    _store(p_pointer, n, size, p, MASKED)
+    if _KAHAN & OPTIONS:
+        _store(c_pointer, n, size, p - p.to(P).to(tl.float32), MASKED)
+    if STATES > 0:
+        _store(_pointer(addresses, 3, t, N, S, ALIGNED), n, size, s1, MASKED)
+    if STATES > 1:
+        _store(_pointer(addresses, 4, t, N, S, ALIGNED), n, size, s2, MASKED)
+    if STATES > 2:
+        _store(_pointer(addresses, 5, t, N, S, ALIGNED), n, size, s3, MASKED)
+
+
+@triton.jit
+def _step(
+    addresses, about, tiles, hyper, factor, found_inf, average, N, K: tl.constexpr,
+    RULE: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    t = tl.load(tiles + 2 * tl.program_id(0))
+    start = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int64) * TILE
+    size, group = tl.load(about + t), tl.load(about + N + t)
+    key, first = tl.load(about + 2 * N + t), tl.load(about + 3 * N + t)
+    if found_inf is not None:
+        size = tl.where(tl.load(found_inf) == 0.0, size, 0)
+    scale = 1.0
+    if factor is not None:
+        scale = tl.load(factor)
+    n = start + tl.arange(0, TILE)
+    h = hyper + group * K
+    if start + TILE <= size:
+        _tile(
+            addresses, N, t, n, size, key, first, h, scale, average,
+            RULE, STATES, OPTIONS, P, G, S, ALIGNED, MASKED=False,
+        )  # fmt: skip
+    else:
+        _tile(
+            addresses, N, t, n, size, key, first, h, scale, average,
+            RULE, STATES, OPTIONS, P, G, S, ALIGNED, MASKED=True,
+        )  # fmt: skip
+
+
+@triton.jit
+def _squares(addresses, about, tiles, partial, N, G: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
+    t = tl.load(tiles + 2 * tl.program_id(0))
+    start = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int64) * TILE
+    size = tl.load(about + t)
+    pointer = _pointer(addresses, 1, t, N, G, ALIGNED)
+    n = start + tl.arange(0, TILE)
+    if start + TILE <= size:
+        g = _load(pointer, n, size, False)
+        tl.store(partial + tl.program_id(0), tl.sum(g * g, 0))
+    else:
+        g = _load(pointer, n, size, True)
+        tl.store(partial + tl.program_id(0), tl.sum(g * g, 0))
+
+
+class Table(NamedTuple):
+    """What a launch walks over.
+
+    Attributes:
+        addresses: int64 [8, N], of what has a role for each of N tensors; 0 where nothing has.
+        about: int64 [4, N]: elements, group, random key and whether this is its first step.
+        tiles: int32 [tiles, 2]: tensor, and number of the tile in it.
+        types: of parameters, gradients and states.
+        aligned: whether every address is a multiple of 16 bytes.
+    """
+
+    addresses: Tensor
+    about: Tensor
+    tiles: Tensor
+    types: tuple[torch.dtype, torch.dtype, torch.dtype]
+    aligned: bool
+
+
+def table(roles: Sequence[Sequence[Any]], groups: Sequence[int], keys: Sequence[int], first: Sequence[bool]) -> Table:
+    """The table of N tensors: 8 rows of N operands each, in the order of the kernel's roles."""
+    parameters, gradients, states = roles[0], roles[1], roles[3]
+    device = parameters[0].device
+    rows = [[0 if t is None else t.data_ptr() for t in row] for row in roles]
+    sizes = tuple(p.numel() for p in parameters)
+    addresses = _upload(rows, device)
+    addresses.operands = [t for row in roles for t in row if t is not None]  # type: ignore[attr-defined]  # a guard of memory looks for them
+    state = states[0].dtype if states[0] is not None else parameters[0].dtype
+    return Table(
+        addresses,
+        _upload([sizes, groups, keys, first], device),
+        _tiles(sizes, device),
+        (parameters[0].dtype, gradients[0].dtype, state),
+        all(address % 16 == 0 for role, row in enumerate(rows) if role != 2 for address in row),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _tiles(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Of each tile the tensor, and its number in it."""
+    counts = torch.tensor([triton.cdiv(size, TILE) for size in sizes])
+    tensors = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return torch.stack([tensors, torch.arange(len(tensors)) - starts], 1).to(device, torch.int32)
+
+
+def step(
+    rule: str,
+    table: Table,
+    hyper: Tensor,
+    states: int,
+    options: Sequence[str],
+    *,
+    factor: Tensor | None,
+    found_inf: Tensor | None,
+    average: float,
+) -> None:
+    """Take a step with every tensor of the table; none where ``found_inf`` is not 0."""
+    if len(table.tiles):
+        P, G, S = (_TYPES[dtype] for dtype in table.types)
+        launch(
+            _step, (len(table.tiles),),
+            table.addresses, table.about, table.tiles, hyper, factor, found_inf, average,
+            table.about.shape[1], hyper.shape[1],
+            RULE=rule, STATES=states, OPTIONS=sum(OPTIONS[name] for name in options),
+            P=P, G=G, S=S, ALIGNED=table.aligned, TILE=TILE, num_warps=4,
+        )  # fmt: skip
+
+
+def sum_of_squares(table: Table) -> Tensor:
+    """Σ g² over all gradients of the table, in float32, always in the same order."""
+    partial = torch.empty(len(table.tiles), dtype=torch.float32, device=table.addresses.device)
+    if len(partial):
+        launch(
+            _squares, (len(partial),), table.addresses, table.about, table.tiles, partial, table.about.shape[1],
+            G=_TYPES[table.types[1]], ALIGNED=table.aligned, TILE=TILE, num_warps=4,
+        )  # fmt: skip
+    return partial.sum()
+
+
+def _upload(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """A tensor on the device, without waiting for it."""
+    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
