@@ -16,6 +16,7 @@ COMMANDS = {
     "kernels": "judge every Triton kernel with no GPU: bytes moved, registers, spills, access width",
     "ops": "time every operator against plain ATen and torch.compile, with its error beside its speed",
     "losses": "memory and time of a linear layer and its cross-entropy, with and without logits",
+    "optim": "time a step of every optimizer against torch.optim's three forms, and count what its kernels move",
     "demo": "train real models under Lightning, vanilla and fused, side by side",
 }
 

@@ -39,6 +39,19 @@ def audit(
     return records
 
 
+def audit_optimizers(what: Literal["traffic", "code"]) -> list[dict[str, Any]]:
+    """Every record of an audit of the optimizers' kernels.
+
+    Raises:
+        RuntimeError: as :func:`audit`.
+    """
+    with _python(["-m", "braze.kernels.audit.optimizers", what], interpret=what == "traffic") as process:
+        lines, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the audit of {what} failed:\n{errors}")
+    return [json.loads(line) for line in lines.splitlines()]
+
+
 def _python(arguments: Sequence[str], *, interpret: bool) -> subprocess.Popen[str]:
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"}
     return subprocess.Popen(

@@ -16,7 +16,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from .rule import Rule, Scalars
+from .rule import Rule, Scalars, decay
 from .step import Extras, FusedStep, Params
 
 
@@ -29,7 +29,7 @@ def reference(
     if "decoupled" in options:
         p = p * kept
     else:
-        g = g + weight_decay * p
+        g = g + decay(weight_decay, p)
     m = m + to_m * (g - m)
     v = beta2 * v + to_v * g * g
     if "amsgrad" in options:

@@ -76,13 +76,21 @@ def update(
         if states and states[0].dtype == torch.bfloat16:
             draws = (bits >> 16, more & 0xFFFF, more >> 16)
             found = [rounded(s, draw) for s, draw in zip(found, draws, strict=False)]
-    p.copy_(x)
     if lost is not None:
-        lost.copy_(x - p.to(wide))
+        # In bits: the compiler leaves out a conversion to bfloat16 and back.
+        nearest = rounded(x, 0x7FFF + ((x.view(torch.int32) >> 16) & 1))
+        lost.copy_(x - nearest)
+        x = nearest
+    p.copy_(x)
     for state, new in zip(states, found, strict=True):
         state.copy_(new)
     if "clear" in options:
         g.zero_()
+
+
+def decay(weight_decay: Any, p: Tensor) -> Tensor:
+    """What weight decay adds to the gradient; without one nothing, even of an infinite p."""
+    return torch.where(torch.as_tensor(weight_decay != 0), weight_decay * p, 0.0)
 
 
 def key(seed: int, number: int) -> int:
@@ -106,7 +114,7 @@ def random_bits(keys: Tensor, p: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor, bits: Tensor) -> Tensor:
-    """Float32 x, each element at one of its two neighbours in bfloat16, chosen by 16 random ``bits``."""
+    """Float32 x, each element at one of its two neighbours in bfloat16, chosen by 16 bits: at random, or the nearer."""
     raw = x.view(torch.int32)
     finite = (raw & 0x7F800000) != 0x7F800000
     return torch.where(finite, (raw + bits.to(torch.int32)) & -65536, raw).view(torch.float32)

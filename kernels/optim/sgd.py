@@ -15,7 +15,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from .rule import Rule, Scalars
+from .rule import Rule, Scalars, decay
 from .step import Extras, FusedStep, Params
 
 
@@ -24,7 +24,7 @@ def reference(
 ) -> tuple[Tensor, ...]:
     """One step in plain PyTorch."""
     lr, momentum, dampening, weight_decay = scalars
-    g = g + weight_decay * p
+    g = g + decay(weight_decay, p)
     if "momentum" not in options:
         return (p - lr * g,)
     b = g if first else momentum * states[0] + (1 - dampening) * g

@@ -104,6 +104,9 @@ class FusedStep(torch.optim.Optimizer):
         if not 0 <= e["seed"] < 2**31:
             raise ValueError(f"{name}: seed must lie in [0, 2**31), got {e['seed']}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_extras": self._extras}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -156,7 +159,7 @@ class FusedStep(torch.optim.Optimizer):
                     and value.dtype != p.dtype
                     and name != "step"
                 ):
-                    self.state[p][name] = value.to(p.device, copy=True)
+                    self.state[p][name] = value.to(p.device)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -223,7 +226,8 @@ class FusedStep(torch.optim.Optimizer):
         names: tuple[str, ...],
         options: tuple[str, ...],
     ) -> None:
-        e, state = self._extras, self.state[p]
+        assert p.grad is not None
+        e, state = self._extras, self.state.get(p, {})
         rounds = e["rounding"] != "nearest" and p.dtype == torch.bfloat16
         dtype = e["state_dtype"] or (torch.float32 if rounds else p.dtype)
         first = any(state.get(name) is None for name in names)
@@ -236,18 +240,19 @@ class FusedStep(torch.optim.Optimizer):
             wanted["ema"] = torch.promote_types(p.dtype, torch.float32)
         if e["clear_gradients"]:
             options += ("clear",)
+        p_local, grad = local(p), local(p.grad, like=p)
+        dense = is_dense(p_local)
         for name, its in wanted.items():
             if state.get(name) is None:
                 state[name] = torch.zeros_like(p, dtype=its) if name != "ema" else p.detach().to(its, copy=True)
-            elif state[name].dtype != its or state[name].stride() != p.stride():
+            elif state[name].dtype != its or (dense and state[name].stride() != p.stride()):
                 state[name] = torch.empty_like(p, dtype=its).copy_(state[name])
         if "stochastic" in options and "step" not in options:
             options += ("step",)
         if "step" in options:
             state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).to(p.device)
-        assert p.grad is not None
-        p_local, grad = local(p), local(p.grad, like=p)
-        dense = is_dense(p_local)
+        if state:
+            self.state[p] = state
         if dense and grad.stride() != p_local.stride():
             grad = torch.empty_like(p_local, dtype=grad.dtype).copy_(grad)
             if e["clear_gradients"]:

@@ -92,7 +92,7 @@ def _sgd(p, g, s1, h, first, OPTIONS: tl.constexpr):
     # h: lr, momentum, dampening, weight_decay
     lr, momentum = tl.load(h).to(tl.float32), tl.load(h + 1).to(tl.float32)
     kept, weight_decay = (1.0 - tl.load(h + 2)).to(tl.float32), tl.load(h + 3).to(tl.float32)
-    g += weight_decay * p
+    g += tl.where(weight_decay != 0.0, weight_decay * p, 0.0)
     if _MOMENTUM & OPTIONS:
         s1 = momentum * s1 + tl.where(first != 0, 1.0, kept) * g
         if _NESTEROV & OPTIONS:
@@ -113,7 +113,7 @@ def _adam(p, g, s1, s2, s3, h, step, OPTIONS: tl.constexpr):
     if _DECOUPLED & OPTIONS:
         p *= (1.0 - lr * weight_decay).to(tl.float32)
     else:
-        g += weight_decay.to(tl.float32) * p
+        g += tl.where(weight_decay != 0.0, weight_decay.to(tl.float32) * p, 0.0)
     s1 += (1.0 - beta1).to(tl.float32) * (g - s1)
     s2 = beta2.to(tl.float32) * s2 + (1.0 - beta2).to(tl.float32) * g * g
     top = s2
