@@ -149,10 +149,9 @@ def show(records: list[Record]) -> None:
 
 
 def show_audit(records: list[Record]) -> None:
-    """Print, for each step and kernel, what it moves and, over all targets, what it became."""
+    """Print, for each step, what it moves and, over all targets, what its kernel became."""
     table = Table(box=box.SIMPLE, title="Triton kernels, with no GPU")
-    for name in ("step", "kernel"):
-        table.add_column(name, no_wrap=True)
+    table.add_column("step", no_wrap=True)
     for name in ("moved ÷ least bytes", "registers", "spills", "widest access"):
         table.add_column(name, justify="right", no_wrap=True)
     for record in records:
@@ -165,7 +164,6 @@ def show_audit(records: list[Record]) -> None:
         ]
         table.add_row(
             record["case"],
-            record["kernel"],
             f"{record['ratio']:.3f}",
             f"{min(r['registers'] for r in own)} … {max(r['registers'] for r in own)}",
             str(max(r["spills"] for r in own)),

@@ -493,4 +493,4 @@ def test_a_step_spills_nothing_and_accesses_128_bits_at_a_time(records: dict[str
     for record in records["code"]:
         assert record["spills"] == 0, record
         assert record["widest_load"] >= 128, record
-        assert record["kernel"] == "_squares" or record["widest_store"] >= 128, record
+        assert record["widest_store"] >= 128, record

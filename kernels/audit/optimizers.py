@@ -56,7 +56,7 @@ def least_bytes(case: Case) -> int:
 
 
 def launches(case: Case, device: str) -> None:
-    """The sum of squares, and the step."""
+    """The step."""
     from ..triton import optimizers as kernels
 
     def each(dtype: torch.dtype, wanted: bool = True) -> list[Tensor | None]:
@@ -70,24 +70,21 @@ def launches(case: Case, device: str) -> None:
     table = kernels.table(roles, [0, 0], [1, 2], [False, False])
     hyper = torch.full((1, {"sgd": 4, "adam": 5, "lion": 4}[case.rule]), 0.1, dtype=torch.float64, device=device)
     number = torch.zeros((), device=device)
-    kernels.sum_of_squares(table)
     kernels.step(
         case.rule, table, hyper, case.states, case.options, factor=number, found_inf=number, average=0.1
     )  # fmt: skip
 
 
 def traffic(name: str, case: Case) -> Iterator[dict[str, Any]]:
-    """Bytes moved by each kernel, and the least that could be."""
+    """Bytes moved, and the least that could be."""
     with metered() as meter:
         launches(case, "cpu")
-    gradients = sum(SIZES) * case.parameter.itemsize
-    for kernel, least in (("_squares", gradients), ("_step", least_bytes(case))):
-        moved = meter.moved[kernel]
-        yield {"case": name, "kernel": kernel, "bytes": moved, "least_bytes": least, "ratio": moved / least}
+    moved, least = meter.moved["_step"], least_bytes(case)
+    yield {"case": name, "bytes": moved, "least_bytes": least, "ratio": moved / least}
 
 
 def code(name: str, case: Case) -> Iterator[dict[str, Any]]:
-    """A record for each kernel and target."""
+    """A record for each target."""
     with compiled() as codes:
         launches(case, "meta")
     for kernel in codes:

@@ -3,8 +3,8 @@
 =============================  =====================================================================================
 where                          what runs
 =============================  =====================================================================================
-inside ``torch.compile``       the step of the torch optimizer, which the compiler fuses; Lion's in plain PyTorch
-CUDA, ROCm, XPU parameters     Triton: one launch for all parameters of one dtype, and one more for the norm
+inside ``torch.compile``       the step of the torch optimizer, if nothing surrounds it; else the graph breaks, and:
+CUDA, ROCm, XPU parameters     Triton: one launch for all parameters of one dtype
 CPU parameters                 PyTorch's own fused kernel where it has one, a compiled form of the rule where not
 anything else                  the rule in plain PyTorch
 =============================  =====================================================================================
@@ -122,8 +122,8 @@ class FusedStep(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plain = all(self._extras[name] in (None, False, "nearest") for name in ("max_norm", "ema_decay", "rounding"))
-        if torch.compiler.is_compiling() and plain and type(self).__mro__[-3] is not FusedStep:
-            super().step()
+        if torch.compiler.is_compiling() and plain and self.rule.aten is not None:
+            super().step()  # of torch.optim, which Dynamo knows
         else:
             self._fused_step()
         return loss

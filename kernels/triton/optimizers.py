@@ -221,21 +221,6 @@ def _step(
         )  # fmt: skip
 
 
-@triton.jit
-def _squares(addresses, about, tiles, partial, N, G: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
-    t = tl.load(tiles + 2 * tl.program_id(0))
-    start = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int64) * TILE
-    size = tl.load(about + t)
-    pointer = _pointer(addresses, 1, t, N, G, ALIGNED)
-    n = start + tl.arange(0, TILE)
-    if start + TILE <= size:
-        g = _load(pointer, n, size, False)
-        tl.store(partial + tl.program_id(0), tl.sum(g * g, 0))
-    else:
-        g = _load(pointer, n, size, True)
-        tl.store(partial + tl.program_id(0), tl.sum(g * g, 0))
-
-
 class Table(NamedTuple):
     """What a launch walks over.
 
@@ -302,17 +287,6 @@ def step(
             RULE=rule, STATES=states, OPTIONS=sum(OPTIONS[name] for name in options),
             P=P, G=G, S=S, ALIGNED=table.aligned, TILE=TILE, num_warps=4,
         )  # fmt: skip
-
-
-def sum_of_squares(table: Table) -> Tensor:
-    """Σ g² over all gradients of the table, in float32, always in the same order."""
-    partial = torch.empty(len(table.tiles), dtype=torch.float32, device=table.addresses.device)
-    if len(partial):
-        launch(
-            _squares, (len(partial),), table.addresses, table.about, table.tiles, partial, table.about.shape[1],
-            G=_TYPES[table.types[1]], ALIGNED=table.aligned, TILE=TILE, num_warps=4,
-        )  # fmt: skip
-    return partial.sum()
 
 
 def _upload(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
