@@ -256,6 +256,33 @@ def test_a_compiled_step_is_the_same(name: str, extras: dict[str, Any]) -> None:
     torch.testing.assert_close(run(compiled=True), run(compiled=False))
 
 
+@pytest.mark.gpu
+def test_a_step_replays_in_a_cuda_graph() -> None:
+    """With new gradients in the old memory, and a learning rate that is a tensor."""
+    lr = torch.tensor(0.1, device="cuda")
+    params, other = parameters(torch.float32, "cuda"), parameters(torch.float32, "cuda")
+    optimizer = optim.AdamW(params, lr=lr, capturable=True, max_norm=1.0)
+    plain = torch.optim.AdamW(other, lr=lr, capturable=True)
+    graph = torch.cuda.CUDAGraph()
+    for step in range(4):
+        drawn = [torch.randn(p.shape, device="cuda") for p in params]
+        for p, q, g in zip(params, other, drawn, strict=True):
+            p.grad = g.clone() if p.grad is None else p.grad.copy_(g)
+            q.grad = g.clone()
+        nn.utils.clip_grad_norm_(other, 1.0)
+        plain.step()
+        if step == 0:
+            optimizer.step()
+            torch.cuda.synchronize()
+        else:
+            if step == 1:
+                with torch.cuda.graph(graph):
+                    optimizer.step()
+            graph.replay()
+        lr.mul_(0.5)
+    torch.testing.assert_close(params, other)
+
+
 # ------------------------------------------------------------------------------ around a step
 
 

@@ -67,12 +67,10 @@ def launches(case: Case, device: str) -> None:
     lost = each(case.parameter, "kahan" in case.options)
     steps = [torch.ones((), device=device) for _ in SIZES]
     roles: list[list[Any]] = [each(case.parameter), each(case.parameter), steps, *states, averages, lost]
-    table = kernels.table(roles, [0, 0], [1, 2], [False, False])
-    hyper = torch.full((1, {"sgd": 4, "adam": 5, "lion": 4}[case.rule]), 0.1, dtype=torch.float64, device=device)
+    hyper = [[0.1] * {"sgd": 4, "adam": 5, "lion": 4}[case.rule]]
+    table = kernels.table(roles, [0, 0], [1, 2], [False, False], hyper)
     number = torch.zeros((), device=device)
-    kernels.step(
-        case.rule, table, hyper, case.states, case.options, factor=number, found_inf=number, average=0.1
-    )  # fmt: skip
+    kernels.step(case.rule, table, case.states, case.options, factor=number, found_inf=number, average=0.1)
 
 
 def traffic(name: str, case: Case) -> Iterator[dict[str, Any]]:

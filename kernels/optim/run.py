@@ -122,16 +122,18 @@ def _triton(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around) ->
     states = [list(row) for row in zip(*map(_three, bucket.states), strict=True)]
     roles: list[list[Any]] = [bucket.params, bucket.grads, bucket.steps, *states, bucket.averages, bucket.lost]
     keys = [key(around.seed, number) for number in bucket.numbers]
-    hyper = [value for group in optimizer.param_groups for value in optimizer._hyper(group)]
+    hyper = [optimizer._hyper(group) for group in optimizer.param_groups]
     index = kind.device.index
     with contextlib.nullcontext() if index is None else torch.accelerator.device_index(index):
+        table = kernels.table(roles, bucket.groups, keys, bucket.first, hyper)
         kernels.step(
             optimizer.rule.name,
-            kernels.table(roles, bucket.groups, keys, bucket.first),
-            _numbers(hyper, bucket.params[0], torch.float64).view(len(optimizer.param_groups), -1),
+            table,
             len(bucket.states[0]),
             kind.options,
             factor=around.factor,
             found_inf=around.found_inf,
             average=around.weight,
         )
+        if kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            optimizer.captured.append(table)

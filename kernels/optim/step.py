@@ -39,6 +39,16 @@ class Extras(TypedDict, total=False):
     seed: int
 
 
+_DEFAULTS: Extras = {
+    "max_norm": None,
+    "ema_decay": None,
+    "rounding": "nearest",
+    "state_dtype": None,
+    "clear_gradients": False,
+    "seed": 0,
+}
+
+
 class FusedStep(torch.optim.Optimizer):
     """An optimizer whose step is one pass over memory, with all that usually surrounds it in the same pass.
 
@@ -69,6 +79,8 @@ class FusedStep(torch.optim.Optimizer):
     rule: Rule
     #: The norm of all gradients at the last step, if ``max_norm`` is given.
     gradient_norm: Tensor | None = None
+    #: What the CUDA graphs that a step was captured in read again at every replay.
+    captured: list[Any]
     _step_supports_amp_scaling = True
 
     # What the subclass says of a group: the names of its states, its hyperparameters in the order of the Triton kernel,
@@ -84,11 +96,12 @@ class FusedStep(torch.optim.Optimizer):
             "max_norm": None, "ema_decay": None, "rounding": "nearest", "state_dtype": None,
             "clear_gradients": False, "seed": 0,
         }  # fmt: skip
-        unknown = extras.keys() - self._extras.keys()
+        unknown = extras.keys() - _DEFAULTS.keys()
         if unknown:
-            known = ", ".join(self._extras)
+            known = ", ".join(_DEFAULTS)
             raise TypeError(f"{name}: no argument {', '.join(sorted(unknown))}; beside torch's own there are {known}")
-        e = self._extras = cast(Extras, self._extras | extras)
+        e = self._extras = cast(Extras, _DEFAULTS | extras)
+        self.captured = []
         if differentiable:
             raise ValueError(
                 f"{name}: differentiable must be False, a fused step has no gradient; use torch.optim.{name}"
@@ -105,7 +118,7 @@ class FusedStep(torch.optim.Optimizer):
             raise ValueError(f"{name}: seed must lie in [0, 2**31), got {e['seed']}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_extras": self._extras}
+        return {**super().__getstate__(), "_extras": self._extras, "captured": []}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -121,8 +134,7 @@ class FusedStep(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plain = all(self._extras[name] in (None, False, "nearest") for name in ("max_norm", "ema_decay", "rounding"))
-        if torch.compiler.is_compiling() and plain and self.rule.aten is not None:
+        if torch.compiler.is_compiling() and self._extras == _DEFAULTS and self.rule.aten is not None:
             super().step()  # of torch.optim, which Dynamo knows
         else:
             self._fused_step()
@@ -132,10 +144,8 @@ class FusedStep(torch.optim.Optimizer):
     def _fused_step(self) -> None:
         self._check()
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type == "cpu":
-            if found_inf:
-                return
-            found_inf = None
+        if found_inf is not None and (found_inf.device.type == "cpu" or self._starts_undampened()) and found_inf:
+            return
         buckets = self._buckets()
         factor = self._factor(buckets)
         weight = 1.0 - (self._extras["ema_decay"] or 0.0)
@@ -144,6 +154,10 @@ class FusedStep(torch.optim.Optimizer):
                 None if t is None else t.to(kind.device, non_blocking=True) for t in (factor, found_inf)
             )
             run(self, kind, bucket, Around(factor, found_inf, weight, self._extras["seed"]))
+
+    def _starts_undampened(self) -> bool:
+        """Whether the next step differs from all others: with dampening, a momentum starts as the first gradient."""
+        return not self.state and any(group.get("dampening") for group in self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the torch optimizer's, but states keep a dtype that is not their parameter's."""
@@ -273,12 +287,10 @@ class FusedStep(torch.optim.Optimizer):
     def _factor(self, buckets: dict[Kind, Bucket]) -> Tensor | None:
         """What the gradients are multiplied by: unscaled and clipped."""
         scale, max_norm = getattr(self, "grad_scale", None), self._extras["max_norm"]
-        if not buckets or (scale is None and max_norm is None):
-            return None
-        factor = torch.ones(()) if scale is None else 1.0 / scale.float()
-        if max_norm is not None:
+        factor = None if scale is None else 1.0 / scale.float()
+        if max_norm is not None and buckets:
             norm = total_norm(buckets)
-            factor = factor.to(norm.device)
+            factor = torch.ones_like(norm) if factor is None else factor.to(norm.device)
             self.gradient_norm = norm * factor
             factor = factor * (max_norm / (self.gradient_norm + 1e-6)).clamp(max=1.0)
         return factor

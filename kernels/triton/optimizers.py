@@ -225,36 +225,56 @@ class Table(NamedTuple):
     """What a launch walks over.
 
     Attributes:
+        hosts: what was copied to the device, which a replayed CUDA graph copies again.
         addresses: int64 [8, N], of what has a role for each of N tensors; 0 where nothing has.
         about: int64 [4, N]: elements, group, random key and whether this is its first step.
+        hyper: float64 [groups, K]: hyperparameters.
         tiles: int32 [tiles, 2]: tensor, and number of the tile in it.
         types: of parameters, gradients and states.
         aligned: whether every address is a multiple of 16 bytes.
     """
 
+    hosts: list[Tensor]
     addresses: Tensor
     about: Tensor
+    hyper: Tensor
     tiles: Tensor
     types: tuple[torch.dtype, torch.dtype, torch.dtype]
     aligned: bool
 
 
-def table(roles: Sequence[Sequence[Any]], groups: Sequence[int], keys: Sequence[int], first: Sequence[bool]) -> Table:
-    """The table of N tensors: 8 rows of N operands each, in the order of the kernel's roles."""
+def table(
+    roles: Sequence[Sequence[Any]],
+    groups: Sequence[int],
+    keys: Sequence[int],
+    first: Sequence[bool],
+    hyper: Sequence[Sequence[Any]],
+) -> Table:
+    """The table of N tensors: 8 rows of N operands each, in the order of the kernel's roles.
+
+    Hyperparameters may be tensors on the device.
+    """
     parameters, gradients, states = roles[0], roles[1], roles[3]
     device = parameters[0].device
     rows = [[0 if t is None else t.data_ptr() for t in row] for row in roles]
     sizes = tuple(p.numel() for p in parameters)
-    addresses = _upload(rows, device)
+    numbers = [[0.0 if isinstance(value, Tensor) else value for value in row] for row in hyper]
+    pinned = device.type == "cuda"
+    hosts = [
+        torch.tensor(rows, dtype=torch.int64, pin_memory=pinned),
+        torch.tensor([sizes, groups, keys, first], dtype=torch.int64, pin_memory=pinned),
+        torch.tensor(numbers, dtype=torch.float64, pin_memory=pinned),
+    ]
+    addresses, about, scalars = (host.to(device, non_blocking=True) for host in hosts)
+    for g, row in enumerate(hyper):
+        for k, value in enumerate(row):
+            if isinstance(value, Tensor):
+                scalars[g, k] = value.squeeze()
     addresses.operands = [t for row in roles for t in row if t is not None]  # type: ignore[attr-defined]  # a guard of memory looks for them
     state = states[0].dtype if states[0] is not None else parameters[0].dtype
-    return Table(
-        addresses,
-        _upload([sizes, groups, keys, first], device),
-        _tiles(sizes, device),
-        (parameters[0].dtype, gradients[0].dtype, state),
-        all(address % 16 == 0 for role, row in enumerate(rows) if role != 2 for address in row),
-    )
+    types = (parameters[0].dtype, gradients[0].dtype, state)
+    aligned = all(address % 16 == 0 for role, row in enumerate(rows) if role != 2 for address in row)
+    return Table(hosts, addresses, about, scalars, _tiles(sizes, device), types, aligned)
 
 
 @functools.lru_cache(maxsize=16)
@@ -269,7 +289,6 @@ def _tiles(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 def step(
     rule: str,
     table: Table,
-    hyper: Tensor,
     states: int,
     options: Sequence[str],
     *,
@@ -282,14 +301,8 @@ def step(
         P, G, S = (_TYPES[dtype] for dtype in table.types)
         launch(
             _step, (len(table.tiles),),
-            table.addresses, table.about, table.tiles, hyper, factor, found_inf, average,
-            table.about.shape[1], hyper.shape[1],
+            table.addresses, table.about, table.tiles, table.hyper, factor, found_inf, average,
+            table.about.shape[1], table.hyper.shape[1],
             RULE=rule, STATES=states, OPTIONS=sum(OPTIONS[name] for name in options),
             P=P, G=G, S=S, ALIGNED=table.aligned, TILE=TILE, num_warps=4,
         )  # fmt: skip
-
-
-def _upload(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """A tensor on the device, without waiting for it."""
-    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
