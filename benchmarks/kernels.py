@@ -26,9 +26,13 @@ ALLOWED = 1.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--op``."""
+    """Add ``--op`` and ``--target``."""
     names = [op.name for op in audited_operators()]
     parser.add_argument("--op", action="append", choices=names, metavar="NAME", help=f"only this: {', '.join(names)}")
+    targets = ", ".join(TARGETS)
+    parser.add_argument(
+        "--target", action="append", choices=TARGETS, metavar="NAME", help=f"machine code for this only: {targets}"
+    )
 
 
 def run(arguments: argparse.Namespace) -> list[Record]:
@@ -40,7 +44,13 @@ def run(arguments: argparse.Namespace) -> list[Record]:
         records = [
             record
             for what, label in zip(whats, ("bytes moved", "machine code"), strict=True)
-            for record in audit(what, quick=arguments.quick, ops=arguments.op or (), progress=_onto(bar, label))
+            for record in audit(
+                what,
+                quick=arguments.quick,
+                ops=arguments.op or (),
+                targets=arguments.target or (),
+                progress=_onto(bar, label),
+            )
         ]
     if not console.is_terminal:
         console.width = 170

@@ -1,4 +1,4 @@
-"""The auditing process: ``python -m braze.kernels.audit traffic|code [--quick] [--op NAME]``.
+"""The auditing process: ``python -m braze.kernels.audit traffic|code [--quick] [--op NAME] [--target NAME]``.
 
 It prints a JSON record a line. A first line says how many calls will be audited; each record says in ``"call"`` which
 of them it is from.
@@ -7,6 +7,7 @@ of them it is from.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -39,9 +40,14 @@ def main() -> None:
     parser.add_argument("what", choices=("traffic", "code"))
     parser.add_argument("--quick", action="store_true", help="the pairs of size, variant and dtype that differ most")
     parser.add_argument("--op", action="append", metavar="NAME", help="only this operator; may be repeated")
+    parser.add_argument(
+        "--target", action="append", choices=TARGETS, help="machine code for this only; may be repeated"
+    )
     arguments = parser.parse_args()
     ops = [op for op in audited_operators() if not arguments.op or op.name in arguments.op]
-    audit = {"traffic": traffic, "code": code}[arguments.what]
+    audit: Callable[[Case, bool], Iterator[dict[str, Any]]] = traffic
+    if arguments.what == "code":
+        audit = functools.partial(code, wanted=arguments.target or tuple(TARGETS))
     found = list(cases(ops, SIZES[arguments.what, arguments.quick], arguments.quick))
     print(json.dumps({"calls": len(found)}), flush=True)
     # Triton remarks on what has no defined meaning, such as a shift by all bits, and compiles on.
@@ -73,12 +79,12 @@ def traffic(case: Case, quick: bool) -> Iterator[dict[str, Any]]:
         }
 
 
-def code(case: Case, quick: bool) -> Iterator[dict[str, Any]]:
+def code(case: Case, quick: bool, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A record for each kernel, target and pass."""
     for name, run in passes(case, Shapes(case.dtype)):
         # A disassembly takes 0.3 s of processor, a compilation 0.2. Spills differ between targets and between variants.
         plain = case.variant == next(iter(case.op.variants))
-        targets = tuple(TARGETS) if not quick or case.dtype == torch.bfloat16 else ("sm_90",)
+        targets = wanted if not quick or case.dtype == torch.bfloat16 else tuple({"sm_90"} & set(wanted))
         disassembled = targets if not quick else ("sm_90",) if plain else ()
         with compiled(targets, disassembled) as codes:
             run()

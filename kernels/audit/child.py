@@ -15,14 +15,18 @@ def audit(
     *,
     quick: bool,
     ops: Sequence[str] = (),
+    targets: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, calls: None,
 ) -> list[dict[str, Any]]:
-    """Every record of an audit of ``ops``, or of all operators; ``progress(done, calls)`` is called as they come.
+    """Every record of an audit of ``ops``, or of all operators, for ``targets``, or for all.
+
+    ``progress(done, calls)`` is called as they come.
 
     Raises:
         RuntimeError: if a kernel does not run or compile, with what the auditing process said.
     """
-    arguments = ["-m", "braze.kernels.audit", what, *(["--quick"] if quick else []), *(f"--op={op}" for op in ops)]
+    chosen = [f"--op={op}" for op in ops] + [f"--target={target}" for target in targets]
+    arguments = ["-m", "braze.kernels.audit", what, *(["--quick"] if quick else []), *chosen]
     records = []
     with _python(arguments, interpret=what == "traffic") as process:
         assert process.stdout is not None

@@ -16,7 +16,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from .rule import Rule, Scalars, decay
+from .rule import Group, Rule, Scalars, decay
 from .step import Extras, FusedStep, Params
 
 
@@ -42,11 +42,12 @@ def _aten(
     grads: list[Tensor],
     states: list[list[Tensor]],
     steps: list[Tensor],
-    group: dict[str, Any],
+    hyper: tuple[Any, ...],
     options: tuple[str, ...],
     first: bool,
     scale: Tensor | None,
 ) -> None:
+    lr, beta1, beta2, eps, weight_decay = hyper
     m, v, *top = states
     call: Any = torch._fused_adamw_ if "decoupled" in options else torch._fused_adam_
     call(
@@ -56,45 +57,48 @@ def _aten(
         v,
         *(top or [[]]),
         steps,
-        lr=group["lr"],
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
         amsgrad="amsgrad" in options,
         maximize="maximize" in options,
         grad_scale=scale,
     )
 
 
-class _Moments(FusedStep):
-    """What Adam and AdamW share."""
-
-    rule = Rule("adam", reference, {"triton": None, "compile": None}, _aten)
-
-    def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
-
-    def _hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return group["lr"], *group["betas"], group["eps"], group["weight_decay"]
-
-    def _scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        lr, beta1, beta2, eps, weight_decay = self._hyper(group)
-        size, root = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
-        return size, root, 1 - lr * weight_decay, weight_decay, 1 - beta1, beta2, 1 - beta2, eps
-
-    def _options(self, group: dict[str, Any]) -> tuple[str, ...]:
-        flags = {"decoupled": group["decoupled_weight_decay"], **{k: group[k] for k in ("maximize", "amsgrad")}}
-        return ("step", *(name for name, on in flags.items() if on))
+def _scalars(hyper: tuple[Any, ...], step: Any) -> tuple[Any, ...]:
+    lr, beta1, beta2, eps, weight_decay = hyper
+    size, root = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+    return size, root, 1 - lr * weight_decay, weight_decay, 1 - beta1, beta2, 1 - beta2, eps
 
 
-class Adam(_Moments, torch.optim.Adam):
+def _options(group: Group) -> tuple[str, ...]:
+    does = {"decoupled": group["decoupled_weight_decay"], **{name: group[name] for name in ("maximize", "amsgrad")}}
+    return ("step", *(name for name, on in does.items() if on))
+
+
+RULE = Rule(
+    name="adam",
+    reference=reference,
+    states=lambda group: ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])),
+    hyper=lambda group: (group["lr"], *group["betas"], group["eps"], group["weight_decay"]),
+    scalars=_scalars,
+    options=_options,
+    aten=_aten,
+)
+
+
+class Adam(FusedStep, torch.optim.Adam):
     """Drop-in for ``torch.optim.Adam``: its arguments, parameter groups and state; a step is one launch.
 
     Args:
         params: as there, and so are the others up to decoupled_weight_decay; differentiable must be False.
         extras: see :class:`braze.kernels.optim.FusedStep`.
     """
+
+    rule = RULE
 
     def __init__(
         self,
@@ -120,13 +124,15 @@ class Adam(_Moments, torch.optim.Adam):
         )  # fmt: skip
 
 
-class AdamW(_Moments, torch.optim.AdamW):
+class AdamW(FusedStep, torch.optim.AdamW):
     """Drop-in for ``torch.optim.AdamW``: its arguments, parameter groups and state; a step is one launch.
 
     Args:
         params: as there, and so are the others up to fused; differentiable must be False.
         extras: see :class:`braze.kernels.optim.FusedStep`.
     """
+
+    rule = RULE
 
     def __init__(
         self,

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import sharding
+from .rule import Rule
 
 
 class Kind(NamedTuple):
     """What parameters have in common that share a launch.
 
     Attributes:
+        rule: how they are updated.
         device: where they are.
         parameter: their dtype, and so are gradient and state.
         gradient: likewise.
@@ -24,6 +26,7 @@ class Kind(NamedTuple):
         shards: the device meshes, and their dims, over which the parameters are cut up.
     """
 
+    rule: Rule
     device: torch.device
     parameter: torch.dtype
     gradient: torch.dtype
@@ -41,6 +44,7 @@ class Bucket:
         self.grads: list[Tensor] = []
         self.steps: list[Tensor | None] = []
         self.states: list[tuple[Tensor, ...]] = []
+        self.direction_states: list[tuple[Tensor, ...]] = []
         self.averages: list[Tensor | None] = []
         self.lost: list[Tensor | None] = []
         self.groups: list[int] = []

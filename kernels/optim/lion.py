@@ -28,6 +28,21 @@ def reference(
     return p * kept - lr * torch.sign(beta1 * m + (1 - beta1) * g), beta2 * m + (1 - beta2) * g
 
 
+def _scalars(hyper: tuple[Any, ...], step: Any) -> tuple[Any, ...]:
+    lr, beta1, beta2, weight_decay = hyper
+    return lr, 1 - lr * weight_decay, beta1, beta2
+
+
+RULE = Rule(
+    name="lion",
+    reference=reference,
+    states=lambda group: ("exp_avg",),
+    hyper=lambda group: (group["lr"], *group["betas"], group["weight_decay"]),
+    scalars=_scalars,
+    options=lambda group: ("maximize",) if group["maximize"] else (),
+)
+
+
 class Lion(FusedStep):
     """Lion, with one state, ``exp_avg``, for each parameter; a step is one launch.
 
@@ -45,7 +60,7 @@ class Lion(FusedStep):
         ValueError: if an argument is out of its range.
     """
 
-    rule = Rule("lion", reference, {"triton": None, "compile": None})
+    rule = RULE
 
     def __init__(
         self,
@@ -64,16 +79,3 @@ class Lion(FusedStep):
             raise ValueError(f"Lion: betas must lie in [0, 1), got {betas}")
         self._set_extras(**extras)
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize})
-
-    def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg",)
-
-    def _hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return group["lr"], *group["betas"], group["weight_decay"]
-
-    def _scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        return lr, 1 - lr * group["weight_decay"], beta1, beta2
-
-    def _options(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("maximize",) if group["maximize"] else ()

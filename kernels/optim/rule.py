@@ -13,7 +13,8 @@ BFloat16 Training (2020), who also compensate as Kahan (1965) does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,20 +24,36 @@ from ..ops.dropout import LOW, mix
 Scalars = Sequence[Any]
 
 
-class Rule(NamedTuple):
+Group = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
     """An optimizer's mathematics.
 
     Attributes:
         name: as the Triton kernels know it.
         reference: ``(p, g, states, scalars, options, first) -> (p, *states)``, all tensors in float32 or wider.
-        impls: the backends that have it, beside the plain form.
-        aten: ``(params, grads, states, steps, group, options, first, scale) -> None``, PyTorch's own fused CPU kernel.
+        states: of a group, the names of the states that the reference updates.
+        hyper: of a group, the hyperparameters in the order of the Triton kernel.
+        scalars: of hyperparameters and the number of the step, what the reference computes with.
+        options: of a group, the names of what the rule does.
+        aten: ``(params, grads, states, steps, hyper, options, first, scale) -> None``, PyTorch's fused CPU kernel.
+        direction: what takes the place of the gradients before, if they are more than elements (``muon.py``).
+        direction_states: the names of the states that it updates.
+        impls: the backends beside the plain form.
     """
 
     name: str
     reference: Callable[..., tuple[Tensor, ...]]
-    impls: Mapping[str, Any]
+    states: Callable[[Group], tuple[str, ...]]
+    hyper: Callable[[Group], tuple[Any, ...]]
+    scalars: Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
+    options: Callable[[Group], tuple[str, ...]]
     aten: Callable[..., None] | None = None
+    direction: Callable[..., list[Tensor]] | None = None
+    direction_states: tuple[str, ...] = ()
+    impls: Mapping[str, Any] = field(default_factory=lambda: {"triton": None, "compile": None})
 
 
 def update(

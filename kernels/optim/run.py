@@ -36,28 +36,32 @@ class Around(NamedTuple):
 def run(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around) -> None:
     """One step of every parameter in the bucket."""
     steps = [step for step in bucket.steps if step is not None]
+    groups = optimizer.param_groups
+    if kind.rule.direction is not None:
+        bucket.grads = kind.rule.direction(kind, bucket, groups, around.factor, around.found_inf)
+        kind, around = kind._replace(gradient=bucket.grads[0].dtype), around._replace(factor=None)
     if steps:
         torch._foreach_add_(steps, 1 if around.found_inf is None else 1 - around.found_inf)
-    if kind.device.type == "cpu" and dispatch.asked() is None and _has_aten(optimizer, kind):
+    if kind.device.type == "cpu" and dispatch.asked() is None and _has_aten(kind):
         _aten(optimizer, kind, bucket, around)
         return
     widest = max((kind.parameter, kind.gradient), key=lambda dtype: dtype.itemsize)
     elements = max(p.numel() for p in bucket.params)
-    backend = dispatch.preferred(optimizer.rule, kind.device.type, widest, elements).backend
+    backend = dispatch.preferred(kind.rule, kind.device.type, widest, elements).backend
     if backend == "triton" and kind.dense:
         _triton(optimizer, kind, bucket, around)
     else:
         _one_by_one(optimizer, kind, bucket, around, compiled=backend == "compile")
 
 
-def _has_aten(optimizer: FusedStep, kind: Kind) -> bool:
+def _has_aten(kind: Kind) -> bool:
     rounds = "stochastic" in kind.options or "kahan" in kind.options
     alike = kind.parameter == kind.gradient == kind.state
-    return optimizer.rule.aten is not None and kind.dense and alike and not rounds
+    return kind.rule.aten is not None and kind.dense and alike and not rounds
 
 
 def _aten(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around) -> None:
-    assert optimizer.rule.aten is not None
+    assert kind.rule.aten is not None
     scale = None if around.factor is None else 1.0 / around.factor
     calls = list(zip(bucket.groups, bucket.first, strict=True))
     for call in dict.fromkeys(calls):
@@ -65,7 +69,8 @@ def _aten(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around) -> N
         params, grads, steps = ([row[i] for i in own] for row in (bucket.params, bucket.grads, bucket.steps))
         states = [list(row) for row in zip(*(bucket.states[i] for i in own), strict=True)]
         index, first = call
-        optimizer.rule.aten(params, grads, states, steps, optimizer.param_groups[index], kind.options, first, scale)
+        hyper = kind.rule.hyper(optimizer.param_groups[index])
+        kind.rule.aten(params, grads, states, steps, hyper, kind.options, first, scale)
     averages = [a for a in bucket.averages if a is not None]
     if averages:
         torch._foreach_lerp_(averages, [p.to(averages[0].dtype) for p in bucket.params], around.weight)
@@ -83,7 +88,8 @@ def _one_by_one(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around
         if step is not None:
             now = step.item() if step.device.type == "cpu" else step.double()
         if (index, now) not in scalars:
-            scalars[index, now] = _numbers(optimizer._scalars(optimizer.param_groups[index], now), p)
+            hyper = kind.rule.hyper(optimizer.param_groups[index])
+            scalars[index, now] = _numbers(kind.rule.scalars(hyper, now), p)
         keys = None
         if "stochastic" in kind.options:
             whole = now.long() if isinstance(now, Tensor) else int(now)
@@ -93,7 +99,7 @@ def _one_by_one(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around
             tensors = tuple(None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors)
         operands = (*tensors, scalars[index, now], around.factor, keys)
         options = {
-            "reference": optimizer.rule.reference,
+            "reference": kind.rule.reference,
             "options": kind.options,
             "first": bucket.first[i],
             "weight": around.weight,
@@ -122,12 +128,13 @@ def _triton(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around) ->
     states = [list(row) for row in zip(*map(_three, bucket.states), strict=True)]
     roles: list[list[Any]] = [bucket.params, bucket.grads, bucket.steps, *states, bucket.averages, bucket.lost]
     keys = [key(around.seed, number) for number in bucket.numbers]
-    hyper = [optimizer._hyper(group) for group in optimizer.param_groups]
+    own = sorted(set(bucket.groups))
+    hyper = [kind.rule.hyper(optimizer.param_groups[g]) for g in own]
     index = kind.device.index
     with contextlib.nullcontext() if index is None else torch.accelerator.device_index(index):
-        table = kernels.table(roles, bucket.groups, keys, bucket.first, hyper)
+        table = kernels.table(roles, list(map(own.index, bucket.groups)), keys, bucket.first, hyper)
         kernels.step(
-            optimizer.rule.name,
+            kind.rule.name,
             table,
             len(bucket.states[0]),
             kind.options,

@@ -36,24 +36,36 @@ def _aten(
     grads: list[Tensor],
     states: list[list[Tensor]],
     steps: list[Tensor],
-    group: dict[str, Any],
+    hyper: tuple[Any, ...],
     options: tuple[str, ...],
     first: bool,
     scale: Tensor | None,
 ) -> None:
+    lr, momentum, dampening, weight_decay = hyper
     torch._fused_sgd_(
         params,
         grads,
         *(states or [[]]),
-        weight_decay=group["weight_decay"],
-        momentum=group["momentum"],
-        lr=group["lr"],
-        dampening=group["dampening"],
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr,
+        dampening=dampening,
         nesterov="nesterov" in options,
         maximize="maximize" in options,
         is_first_step=first,
         grad_scale=scale,
     )
+
+
+RULE = Rule(
+    name="sgd",
+    reference=reference,
+    states=lambda group: ("momentum_buffer",) if group["momentum"] else (),
+    hyper=lambda group: (group["lr"], group["momentum"], group["dampening"], group["weight_decay"]),
+    scalars=lambda hyper, step: hyper,
+    options=lambda group: tuple(name for name in ("maximize", "nesterov", "momentum") if group[name]),
+    aten=_aten,
+)
 
 
 class SGD(FusedStep, torch.optim.SGD):
@@ -64,7 +76,7 @@ class SGD(FusedStep, torch.optim.SGD):
         extras: see :class:`braze.kernels.optim.FusedStep`.
     """
 
-    rule = Rule("sgd", reference, {"triton": None, "compile": None}, _aten)
+    rule = RULE
 
     def __init__(
         self,
@@ -85,15 +97,3 @@ class SGD(FusedStep, torch.optim.SGD):
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach, fused=fused
         )
-
-    def _states(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] else ()
-
-    def _hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return group["lr"], group["momentum"], group["dampening"], group["weight_decay"]
-
-    def _scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        return self._hyper(group)
-
-    def _options(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(name for name in ("maximize", "nesterov", "momentum") if group[name])

@@ -83,12 +83,9 @@ class FusedStep(torch.optim.Optimizer):
     captured: list[Any]
     _step_supports_amp_scaling = True
 
-    # What the subclass says of a group: the names of its states, its hyperparameters in the order of the Triton kernel,
-    # what the plain form makes of them at a step, and the names of what it does.
-    _states: Callable[[dict[str, Any]], tuple[str, ...]]
-    _hyper: Callable[[dict[str, Any]], tuple[Any, ...]]
-    _scalars: Callable[[dict[str, Any], Any], tuple[Any, ...]]
-    _options: Callable[[dict[str, Any]], tuple[str, ...]]
+    def _rule_of(self, p: Tensor, group: dict[str, Any]) -> Rule:
+        """How p is updated."""
+        return self.rule
 
     def _set_extras(self, differentiable: bool = False, **extras: Any) -> None:
         name = type(self).__name__
@@ -224,28 +221,28 @@ class FusedStep(torch.optim.Optimizer):
         buckets: dict[Kind, Bucket] = {}
         number = -1
         for index, group in enumerate(self.param_groups):
-            names, options = self._states(group), self._options(group)
             for p in group["params"]:
                 number += 1
                 if p.grad is not None:
-                    self._add(buckets, p, index, number, names, options)
+                    self._add(buckets, p, self._rule_of(p, group), index, number)
         return buckets
 
     def _add(
         self,
         buckets: dict[Kind, Bucket],
         p: Tensor,
+        rule: Rule,
         index: int,
         number: int,
-        names: tuple[str, ...],
-        options: tuple[str, ...],
     ) -> None:
+        group = self.param_groups[index]
+        names, options = rule.states(group), rule.options(group)
         assert p.grad is not None
         e, state = self._extras, self.state.get(p, {})
         rounds = e["rounding"] != "nearest" and p.dtype == torch.bfloat16
         dtype = e["state_dtype"] or (torch.float32 if rounds else p.dtype)
         first = any(state.get(name) is None for name in names)
-        wanted = dict.fromkeys(names, dtype)
+        wanted = dict.fromkeys((*names, *rule.direction_states), dtype)
         if rounds:
             options += (e["rounding"],)
             wanted |= {"compensation": p.dtype} if e["rounding"] == "kahan" else {}
@@ -271,12 +268,13 @@ class FusedStep(torch.optim.Optimizer):
             grad = torch.empty_like(p_local, dtype=grad.dtype).copy_(grad)
             if e["clear_gradients"]:
                 local(p.grad).zero_()
-        kind = Kind(p_local.device, p_local.dtype, grad.dtype, dtype, options, dense, shards(p))
+        kind = Kind(rule, p_local.device, p_local.dtype, grad.dtype, dtype, options, dense, shards(p))
         buckets.setdefault(kind, Bucket()).append(
             params=p_local,
             grads=grad,
             steps=state["step"] if "step" in options else None,
             states=tuple(local(state[name]) for name in names),
+            direction_states=tuple(local(state[name]) for name in rule.direction_states),
             averages=local(state["ema"]) if "average" in options else None,
             lost=local(state["compensation"]) if "kahan" in options else None,
             groups=index,
