@@ -40,6 +40,8 @@ class Bucket:
     """The parameters of one kind, and what belongs to each: lists of one length."""
 
     def __init__(self) -> None:
+        #: As the user knows them; the others are what this process has of each.
+        self.originals: list[Tensor] = []
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.steps: list[Tensor | None] = []
@@ -64,6 +66,23 @@ def local(t: Tensor, like: Tensor | None = None) -> Tensor:
     if like is not None and t.placements != like.placements:  # type: ignore[attr-defined]
         t = t.redistribute(placements=like.placements)  # type: ignore[attr-defined]
     return t.to_local()  # type: ignore[attr-defined]
+
+
+def whole(t: Tensor, like: Tensor) -> Tensor:
+    """All of what t is this process's part of."""
+    if not sharding.is_sharded(like):
+        return t
+    sharded = type(like).from_local(t, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())  # type: ignore[attr-defined]
+    return sharded.full_tensor()
+
+
+def part(t: Tensor, like: Tensor) -> Tensor:
+    """This process's part of t, which every process has."""
+    if not sharding.is_sharded(like):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t.contiguous(), like.device_mesh, like.placements, src_data_rank=None).to_local()  # type: ignore[attr-defined]
 
 
 def shards(t: Tensor) -> tuple[tuple[Any, int], ...]:

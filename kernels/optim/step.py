@@ -270,6 +270,7 @@ class FusedStep(torch.optim.Optimizer):
                 local(p.grad).zero_()
         kind = Kind(rule, p_local.device, p_local.dtype, grad.dtype, dtype, options, dense, shards(p))
         buckets.setdefault(kind, Bucket()).append(
+            originals=p,
             params=p_local,
             grads=grad,
             steps=state["step"] if "step" in options else None,
