@@ -77,14 +77,15 @@ def _agrees(rank: int, rendezvous: str, results: Any) -> None:
             with optimizer.averaged():
                 assert not torch.equal(copy.deepcopy(next(sharded.parameters())).full_tensor(), found["0.weight"])
             results[rank, backend] = "agreed"
-        whole, sharded = _model(), _model()
-        fully_shard(sharded)
-        for model in (whole, sharded):
-            _train(model, optim.Muon(model.parameters(), lr=0.1, max_norm=0.5))
-        # The products are the same, of the same matrices; only the norm is summed up in another order.
-        found = {name: t.full_tensor() for name, t in sharded.state_dict().items()}
-        torch.testing.assert_close(found, whole.state_dict())
-        results[rank, "Muon"] = "agreed"
+        for of in (optim.Muon, optim.Adafactor):
+            whole, sharded = _model(), _model()
+            fully_shard(sharded)
+            for model in (whole, sharded):
+                _train(model, of(model.parameters(), lr=0.1, max_norm=0.5))
+            # What they compute of whole matrices is the same; only the norm is summed up in another order.
+            found = {name: t.full_tensor() for name, t in sharded.state_dict().items()}
+            torch.testing.assert_close(found, whole.state_dict())
+            results[rank, of.__name__] = "agreed"
     finally:
         dist.destroy_process_group()
 
@@ -97,6 +98,6 @@ def outcomes() -> dict[tuple[int, str], str]:
         return dict(results)
 
 
-@pytest.mark.parametrize("run", [*BACKENDS, "Muon"])
+@pytest.mark.parametrize("run", [*BACKENDS, "Muon", "Adafactor"])
 def test_shards_are_updated_as_the_whole(outcomes: dict[tuple[int, str], str], run: str) -> None:
     assert {outcomes[rank, run] for rank in range(PROCESSES)} == {"agreed"}

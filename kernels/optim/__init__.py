@@ -1,5 +1,6 @@
 """Optimizers with the arguments and the state of ``torch.optim``, whose step is one pass over memory."""
 
+from .adafactor import Adafactor as Adafactor
 from .adam import Adam as Adam
 from .adam import AdamW as AdamW
 from .lion import Lion as Lion

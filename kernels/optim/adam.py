@@ -99,6 +99,7 @@ class Adam(FusedStep, torch.optim.Adam):
     """
 
     rule = RULE
+    traced_as_torch = True
 
     def __init__(
         self,
@@ -133,6 +134,7 @@ class AdamW(FusedStep, torch.optim.AdamW):
     """
 
     rule = RULE
+    traced_as_torch = True
 
     def __init__(
         self,

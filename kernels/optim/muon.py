@@ -87,7 +87,7 @@ MATRICES = Rule(
     options=_nothing,
     aten=sgd.RULE.aten,
     direction=_directions,
-    direction_states=("momentum_buffer",),
+    direction_states=lambda p: {"momentum_buffer": tuple(p.shape)},
 )
 
 OTHERS = Rule(

@@ -40,7 +40,7 @@ class Rule:
         options: of a group, the names of what the rule does.
         aten: ``(params, grads, states, steps, hyper, options, first, scale) -> None``, PyTorch's fused CPU kernel.
         direction: what takes the place of the gradients before, if they are more than elements (``muon.py``).
-        direction_states: the names of the states that it updates.
+        direction_states: of a parameter, the names and shapes of the states that it updates.
         impls: the backends beside the plain form.
     """
 
@@ -52,7 +52,7 @@ class Rule:
     options: Callable[[Group], tuple[str, ...]]
     aten: Callable[..., None] | None = None
     direction: Callable[..., list[Tensor]] | None = None
-    direction_states: tuple[str, ...] = ()
+    direction_states: Callable[[Tensor], Mapping[str, tuple[int, ...]]] = lambda p: {}
     impls: Mapping[str, Any] = field(default_factory=lambda: {"triton": None, "compile": None})
 
 

@@ -36,12 +36,11 @@ class Around(NamedTuple):
 def run(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around) -> None:
     """One step of every parameter in the bucket."""
     steps = [step for step in bucket.steps if step is not None]
-    groups = optimizer.param_groups
-    if kind.rule.direction is not None:
-        bucket.grads = kind.rule.direction(kind, bucket, groups, around.factor, around.found_inf)
-        kind, around = kind._replace(gradient=bucket.grads[0].dtype), around._replace(factor=None)
     if steps:
         torch._foreach_add_(steps, 1 if around.found_inf is None else 1 - around.found_inf)
+    if kind.rule.direction is not None:
+        bucket.grads = kind.rule.direction(kind, bucket, optimizer.param_groups, around.factor, around.found_inf)
+        kind, around = kind._replace(gradient=bucket.grads[0].dtype), around._replace(factor=None)
     if kind.device.type == "cpu" and dispatch.asked() is None and _has_aten(kind):
         _aten(optimizer, kind, bucket, around)
         return

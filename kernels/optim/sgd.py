@@ -77,6 +77,7 @@ class SGD(FusedStep, torch.optim.SGD):
     """
 
     rule = RULE
+    traced_as_torch = True
 
     def __init__(
         self,

@@ -77,6 +77,8 @@ class FusedStep(torch.optim.Optimizer):
     """
 
     rule: Rule
+    #: Whether there is a step of ``torch.optim`` behind this one, which Dynamo knows.
+    traced_as_torch = False
     #: The norm of all gradients at the last step, if ``max_norm`` is given.
     gradient_norm: Tensor | None = None
     #: What the CUDA graphs that a step was captured in read again at every replay.
@@ -131,8 +133,8 @@ class FusedStep(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() and self._extras == _DEFAULTS and self.rule.aten is not None:
-            super().step()  # of torch.optim, which Dynamo knows
+        if torch.compiler.is_compiling() and self._extras == _DEFAULTS and self.traced_as_torch:
+            super().step()
         else:
             self._fused_step()
         return loss
@@ -242,7 +244,8 @@ class FusedStep(torch.optim.Optimizer):
         rounds = e["rounding"] != "nearest" and p.dtype == torch.bfloat16
         dtype = e["state_dtype"] or (torch.float32 if rounds else p.dtype)
         first = any(state.get(name) is None for name in names)
-        wanted = dict.fromkeys((*names, *rule.direction_states), dtype)
+        shapes = rule.direction_states(p)
+        wanted = dict.fromkeys((*names, *shapes), dtype)
         if rounds:
             options += (e["rounding"],)
             wanted |= {"compensation": p.dtype} if e["rounding"] == "kahan" else {}
@@ -254,10 +257,13 @@ class FusedStep(torch.optim.Optimizer):
         p_local, grad = local(p), local(p.grad, like=p)
         dense = is_dense(p_local)
         for name, its in wanted.items():
-            if state.get(name) is None:
+            known = state.get(name)
+            if name in shapes and shapes[name] != tuple(p.shape):
+                state[name] = torch.zeros(shapes[name], dtype=its, device=p.device) if known is None else known.to(its)
+            elif known is None:
                 state[name] = torch.zeros_like(p, dtype=its) if name != "ema" else p.detach().to(its, copy=True)
-            elif state[name].dtype != its or (dense and state[name].stride() != p.stride()):
-                state[name] = torch.empty_like(p, dtype=its).copy_(state[name])
+            elif known.dtype != its or (dense and known.stride() != p.stride()):
+                state[name] = torch.empty_like(p, dtype=its).copy_(known)
         if "stochastic" in options and "step" not in options:
             options += ("step",)
         if "step" in options:
@@ -275,7 +281,7 @@ class FusedStep(torch.optim.Optimizer):
             grads=grad,
             steps=state["step"] if "step" in options else None,
             states=tuple(local(state[name]) for name in names),
-            direction_states=tuple(local(state[name]) for name in rule.direction_states),
+            direction_states=tuple(local(state[name]) for name in shapes),
             averages=local(state["ema"]) if "average" in options else None,
             lost=local(state["compensation"]) if "kahan" in options else None,
             groups=index,
