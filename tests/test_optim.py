@@ -110,6 +110,16 @@ def test_lion_is_its_formula(backend: str, device: str) -> None:
     torch.testing.assert_close(ours, [p.detach().float() for p in params])
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_lion_does_not_hide_nan(backend: str, device: str) -> None:
+    p = nn.Parameter(torch.ones(20_000, device=device))
+    p.grad = torch.zeros_like(p)
+    p.grad[7] = torch.nan
+    with use_backend(backend):
+        optim.Lion([p]).step()
+    assert p.isnan().nonzero().tolist() == [[7]]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_and_infinite_gradients_go_where_torch_lets_them(backend: str | None, device: str) -> None:
     def once(optimizer_type: type) -> Tensor:

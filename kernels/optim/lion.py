@@ -25,7 +25,9 @@ def reference(
     """One step in plain PyTorch."""
     lr, kept, beta1, beta2 = scalars
     (m,) = states
-    return p * kept - lr * torch.sign(beta1 * m + (1 - beta1) * g), beta2 * m + (1 - beta2) * g
+    c = beta1 * m + (1 - beta1) * g
+    sign = torch.where(c > 0, 1.0, torch.where(c < 0, -1.0, c))  # torch.sign makes 0 of NaN, and hides it
+    return p * kept - lr * sign, beta2 * m + (1 - beta2) * g
 
 
 def _scalars(hyper: tuple[Any, ...], step: Any) -> tuple[Any, ...]:
