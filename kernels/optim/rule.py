@@ -22,8 +22,6 @@ from torch import Tensor
 from ..ops.dropout import LOW, mix
 
 Scalars = Sequence[Any]
-
-
 Group = Mapping[str, Any]
 
 

@@ -53,8 +53,8 @@ class FusedStep(torch.optim.Optimizer):
     """An optimizer whose step is one pass over memory, with all that usually surrounds it in the same pass.
 
     The constructors of its subclasses take these keyword arguments beside those of the torch optimizer. They are not
-    part of the parameter groups: a checkpoint of the torch optimizer resumes here, and the reverse.
-    What they keep in the state (``ema``, ``compensation``) the torch optimizer ignores.
+    part of the parameter groups: a checkpoint of the torch optimizer resumes here, and the reverse. What they keep in
+    the state (``ema``, ``compensation``) the torch optimizer ignores.
 
     ``p.grad`` may or may not hold the unscaled and clipped gradient after a step. GradScaler leaves the unscaling to
     the step, which a gradient that is not finite turns into none, without a wait for the device.
@@ -73,7 +73,7 @@ class FusedStep(torch.optim.Optimizer):
 
     Raises:
         ValueError: if an argument is out of its range.
-        TypeError: from a step, before anything is changed, if a parameter or gradient is sparse, complex or integer.
+        TypeError: from a step, before anything is changed, if a gradient is sparse or a parameter complex.
     """
 
     rule: Rule
