@@ -66,19 +66,26 @@ def test_steps_are_those_of_torch(nesterov: bool, backend: str | None) -> None:
     assert_within_budget(ours, plain, exact(**arguments))
 
 
-@pytest.mark.parametrize("adjust", ["match_rms_adamw", "spectral_unclamped"])
-def test_the_shape_of_a_matrix_scales_its_step(adjust: str) -> None:
+@pytest.mark.parametrize(
+    ("adjust", "r"),
+    [
+        ("match_rms_adamw", lambda m, n: 0.2 * max(m, n) ** 0.5),
+        ("spectral_unclamped", lambda m, n: (m / n) ** 0.5),  # newer than the oldest torch
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_shape_of_a_matrix_scales_its_step(adjust: str, r: Callable[[int, int], float]) -> None:
     """A first step without decay is r·X: its size against the original one is the ratio of the two r."""
 
-    def first(of: type, adjust_lr_fn: str) -> list[Tensor]:
+    def first(adjust_lr_fn: str) -> list[Tensor]:
         params = matrices(torch.float32)
         before = [p.detach().clone() for p in params]
-        after = train(lambda p: of(p, lr=1.0, weight_decay=0.0, adjust_lr_fn=adjust_lr_fn), params, steps=1)
+        after = train(lambda p: optim.Muon(p, lr=1.0, weight_decay=0.0, adjust_lr_fn=adjust_lr_fn), params, steps=1)
         return [(b - a).norm() for b, a in zip(before, after, strict=True)]
 
-    ours, original = (torch.stack(first(optim.Muon, name)) for name in (adjust, "original"))
-    theirs, original_there = (torch.stack(first(torch.optim.Muon, name)) for name in (adjust, "original"))
-    torch.testing.assert_close(ours / original, theirs / original_there)
+    expected = [r(*p.shape) / max(1, p.shape[0] / p.shape[1]) ** 0.5 for p in matrices(torch.float32)]
+    found = [one / other for one, other in zip(first(adjust), first("original"), strict=True)]
+    torch.testing.assert_close(torch.stack(found), torch.tensor(expected))
 
 
 def test_singular_values_come_near_one() -> None:
