@@ -157,11 +157,7 @@ def show_audit(records: list[Record]) -> None:
     for record in records:
         if record["measure"] != "traffic":
             continue
-        own = [
-            r
-            for r in records
-            if r["measure"] == "code" and (r["case"], r["kernel"]) == (record["case"], record["kernel"])
-        ]
+        own = [r for r in code if r["case"] == record["case"]]
         table.add_row(
             record["case"],
             f"{record['ratio']:.3f}",
