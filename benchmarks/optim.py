@@ -154,9 +154,8 @@ def show_audit(records: list[Record]) -> None:
     table.add_column("step", no_wrap=True)
     for name in ("moved ÷ least bytes", "registers", "spills", "widest access"):
         table.add_column(name, justify="right", no_wrap=True)
-    for record in records:
-        if record["measure"] != "traffic":
-            continue
+    traffic, code = ([r for r in records if r["measure"] == what] for what in ("traffic", "code"))
+    for record in traffic:
         own = [r for r in code if r["case"] == record["case"]]
         table.add_row(
             record["case"],

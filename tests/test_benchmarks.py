@@ -6,12 +6,13 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from braze.benchmarks import accuracy, losses, memory, ops, timing
+from braze.benchmarks import accuracy, losses, memory, ops, optim, timing
 from braze.kernels import OPS, linear_cross_entropy
 from braze.kernels.op import Op
 
@@ -229,3 +230,21 @@ def test_losses_of_a_tiny_head(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert braze["ratio"] == 1.0
     losses.show([plain, braze])
     assert "N=64 D=8 C=4000" in capsys.readouterr().out
+
+
+def test_a_step_of_an_optimizer_is_timed_and_audited_figures_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    found = optim.measure("tiny", [torch.ones(3, 4), torch.ones(5)], "AdamW, clipped", rounds=2)
+    assert [record["provider"] for record in found] == ["torch, for-loop", "torch, foreach", "torch, fused", "braze"]
+    assert {record["elements"] for record in found} == {17}
+    optim.show(found)
+    optim.show_audit(
+        [
+            {"measure": "traffic", "case": "AdamW", "ratio": 1.0034},
+            {"measure": "code", "case": "AdamW", "registers": 95, "spills": 0, "widest_load": 128},
+            {"measure": "code", "case": "AdamW", "registers": 133, "spills": 8, "widest_load": 64},
+            {"measure": "code", "case": "SGD", "registers": 7, "spills": 99, "widest_load": 32},
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "AdamW, clipped" in printed
+    assert re.search(r"AdamW +1\.003 +95 … 133 +8 +64 bit", printed)
