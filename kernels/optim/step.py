@@ -65,7 +65,7 @@ class FusedStep(torch.optim.Optimizer):
         ema_decay: of a running average of the parameters, ``ema ← decay·ema + (1 − decay)·p``, in float32; it starts as
             the parameters before the first step. :meth:`averaged` puts it in their place.
         rounding: of bfloat16 parameters: "nearest"; "stochastic", which is right on average; or "kahan", which
-            remembers what rounding took (2 more bytes for each element). The last two train as float32 does.
+            remembers what rounding took (2 more bytes for each element). With the last two, small steps add up.
         state_dtype: of the states; None is the parameter's own, or float32 where the rounding is not "nearest".
             "stochastic" rounds states in bfloat16 as it does the parameters.
         clear_gradients: whether the step leaves zeros in the gradients.
