@@ -91,8 +91,6 @@ def measure(size: Size, rounds: int, clock: timing.Clock = timing.cpu_clock) -> 
     samples = timing.compare({name: lambda loss=loss: work(loss) for name, loss in losses.items()}, clock, rounds)  # type: ignore[misc]
     records = []
     for name in losses:
-        low, median, high = samples.quartiles(name)
-        ratio = samples.ratio(name, BASELINE)
         records.append(
             {
                 "benchmark": "losses",
@@ -103,12 +101,7 @@ def measure(size: Size, rounds: int, clock: timing.Clock = timing.cpu_clock) -> 
                 "shape": " ".join(f"{label}={n}" for label, n in size._asdict().items()),
                 "peak_bytes": peaks[name],
                 "peak_of_eager": peaks[name] / peaks["eager"],
-                "median_s": median,
-                "quartile_low_s": low,
-                "quartile_high_s": high,
-                "ratio": ratio.value,
-                "ratio_low": ratio.low,
-                "ratio_high": ratio.high,
+                **samples.figures(name, BASELINE),
                 "rounds": rounds,
                 "gradients_apart": apart[name],
             }

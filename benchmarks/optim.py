@@ -94,31 +94,22 @@ def measure(model: str, values: list[torch.Tensor], step: str, rounds: int) -> l
     providers[BASELINE] = getattr(optim, name)(params, **arguments, max_norm=max_norm).step
     samples = timing.compare(providers, timing.clock_for(values[0].device), rounds)
     elements = sum(p.numel() for p in params)
-    records = []
-    for provider in providers:
-        low, median, high = samples.quartiles(provider)
-        ratio = samples.ratio(provider, BASELINE)
-        records.append(
-            {
-                "benchmark": "optim",
-                "measure": "time",
-                "model": model,
-                "op": step,
-                "provider": provider,
-                "device": values[0].device.type,
-                "dtype": "float32",
-                "tensors": len(params),
-                "elements": elements,
-                "median_s": median,
-                "quartile_low_s": low,
-                "quartile_high_s": high,
-                "ratio": ratio.value,
-                "ratio_low": ratio.low,
-                "ratio_high": ratio.high,
-                "rounds": rounds,
-            }
-        )
-    return records
+    return [
+        {
+            "benchmark": "optim",
+            "measure": "time",
+            "model": model,
+            "op": step,
+            "provider": provider,
+            "device": values[0].device.type,
+            "dtype": "float32",
+            "tensors": len(params),
+            "elements": elements,
+            **samples.figures(provider, BASELINE),
+            "rounds": rounds,
+        }
+        for provider in providers
+    ]
 
 
 def _step(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], max_norm: float | None) -> timing.Work:

@@ -53,6 +53,13 @@ class Samples:
         """The spread of one provider's samples."""
         return Quartiles(*(float(q) for q in np.percentile(self._seconds[provider], (25, 50, 75))))
 
+    def figures(self, provider: str, baseline: str) -> dict[str, float]:
+        """Both, as the fields of a record."""
+        low, median, high = self.quartiles(provider)
+        ratio = self.ratio(provider, baseline)
+        spread = {"median_s": median, "quartile_low_s": low, "quartile_high_s": high}
+        return {**spread, "ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
+
     def ratio(self, provider: str, baseline: str) -> Ratio:
         """How many times as long as ``baseline`` the ``provider`` takes."""
         ratios = self._seconds[provider] / self._seconds[baseline]

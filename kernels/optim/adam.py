@@ -16,7 +16,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from .rule import Group, Rule, Scalars, decay
+from .rule import FusedCall, Group, Rule, Scalars, decay
 from .step import Extras, FusedStep, Params
 
 
@@ -37,34 +37,25 @@ def reference(
     return p - size * (m / ((top[0] if top else v).sqrt() / root + eps)), m, v, *top
 
 
-def _aten(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[list[Tensor]],
-    steps: list[Tensor],
-    hyper: tuple[Any, ...],
-    options: tuple[str, ...],
-    first: bool,
-    scale: Tensor | None,
-) -> None:
-    lr, beta1, beta2, eps, weight_decay = hyper
-    m, v, *top = states
-    call: Any = torch._fused_adamw_ if "decoupled" in options else torch._fused_adam_
-    call(
-        params,
-        grads,
+def _aten(call: FusedCall) -> None:
+    lr, beta1, beta2, eps, weight_decay = call.hyper
+    m, v, *top = call.states
+    fused: Any = torch._fused_adamw_ if "decoupled" in call.options else torch._fused_adam_
+    fused(
+        call.params,
+        call.grads,
         m,
         v,
         *(top or [[]]),
-        steps,
+        call.steps,
         lr=lr,
         beta1=beta1,
         beta2=beta2,
         weight_decay=weight_decay,
         eps=eps,
-        amsgrad="amsgrad" in options,
-        maximize="maximize" in options,
-        grad_scale=scale,
+        amsgrad="amsgrad" in call.options,
+        maximize="maximize" in call.options,
+        grad_scale=call.scale,
     )
 
 

@@ -13,8 +13,8 @@ BFloat16 Training (2020), who also compensate as Kahan (1965) does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,30 @@ from ..ops.dropout import LOW, mix
 
 Scalars = Sequence[Any]
 Group = Mapping[str, Any]
+
+
+class FusedCall(NamedTuple):
+    """What PyTorch's fused CPU kernels take: parameters of one group, all at their first step or none.
+
+    Attributes:
+        params: updated in place.
+        grads: divided by ``scale``, in place.
+        states: a list for each state, in the order of the rule's.
+        steps: incremented already.
+        hyper: the hyperparameters, in the order of the Triton kernel.
+        options: what the rule does.
+        first: whether it is the first step.
+        scale: None for 1.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[list[Tensor]]
+    steps: list[Tensor]
+    hyper: tuple[Any, ...]
+    options: tuple[str, ...]
+    first: bool
+    scale: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +60,7 @@ class Rule:
         hyper: of a group, the hyperparameters in the order of the Triton kernel.
         scalars: of hyperparameters and the number of the step, what the reference computes with.
         options: of a group, the names of what the rule does.
-        aten: ``(params, grads, states, steps, hyper, options, first, scale) -> None``, PyTorch's fused CPU kernel.
+        aten: PyTorch's own fused CPU kernel.
         direction: what takes the place of the gradients before, if they are more than elements (``muon.py``).
         direction_states: of a parameter, the names and shapes of the states that it updates.
         impls: the backends beside the plain form.
@@ -48,10 +72,10 @@ class Rule:
     hyper: Callable[[Group], tuple[Any, ...]]
     scalars: Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
     options: Callable[[Group], tuple[str, ...]]
-    aten: Callable[..., None] | None = None
+    aten: Callable[[FusedCall], None] | None = None
     direction: Callable[..., list[Tensor]] | None = None
     direction_states: Callable[[Tensor], Mapping[str, tuple[int, ...]]] = lambda p: {}
-    impls: Mapping[str, Any] = field(default_factory=lambda: {"triton": None, "compile": None})
+    impls: ClassVar[Mapping[str, Any]] = {"triton": None, "compile": None}
 
 
 def update(

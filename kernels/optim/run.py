@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import dispatch
 from ..compiled import compiled_call
 from .bucket import Bucket, Kind
-from .rule import key, random_keys, update
+from .rule import FusedCall, key, random_keys, update
 
 if TYPE_CHECKING:
     from .step import FusedStep
@@ -65,11 +65,12 @@ def _aten(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around) -> N
     calls = list(zip(bucket.groups, bucket.first, strict=True))
     for call in dict.fromkeys(calls):
         own = [i for i, its in enumerate(calls) if its == call]
-        params, grads, steps = ([row[i] for i in own] for row in (bucket.params, bucket.grads, bucket.steps))
+        params, grads = ([row[i] for i in own] for row in (bucket.params, bucket.grads))
+        steps = [step for i in own if (step := bucket.steps[i]) is not None]
         states = [list(row) for row in zip(*(bucket.states[i] for i in own), strict=True)]
         index, first = call
         hyper = kind.rule.hyper(optimizer.param_groups[index])
-        kind.rule.aten(params, grads, states, steps, hyper, kind.options, first, scale)
+        kind.rule.aten(FusedCall(params, grads, states, steps, hyper, kind.options, first, scale))
     averages = [a for a in bucket.averages if a is not None]
     if averages:
         torch._foreach_lerp_(averages, [p.to(averages[0].dtype) for p in bucket.params], around.weight)

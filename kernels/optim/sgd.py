@@ -10,12 +10,12 @@ Source: ``torch.optim.SGD``; Sutskever et al., On the importance of initializati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from .rule import Rule, Scalars, decay
+from .rule import FusedCall, Rule, Scalars, decay
 from .step import Extras, FusedStep, Params
 
 
@@ -31,29 +31,20 @@ def reference(
     return p - lr * (g + momentum * b if "nesterov" in options else b), b
 
 
-def _aten(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[list[Tensor]],
-    steps: list[Tensor],
-    hyper: tuple[Any, ...],
-    options: tuple[str, ...],
-    first: bool,
-    scale: Tensor | None,
-) -> None:
-    lr, momentum, dampening, weight_decay = hyper
+def _aten(call: FusedCall) -> None:
+    lr, momentum, dampening, weight_decay = call.hyper
     torch._fused_sgd_(
-        params,
-        grads,
-        *(states or [[]]),
+        call.params,
+        call.grads,
+        *(call.states or [[]]),
         weight_decay=weight_decay,
         momentum=momentum,
         lr=lr,
         dampening=dampening,
-        nesterov="nesterov" in options,
-        maximize="maximize" in options,
-        is_first_step=first,
-        grad_scale=scale,
+        nesterov="nesterov" in call.options,
+        maximize="maximize" in call.options,
+        is_first_step=call.first,
+        grad_scale=call.scale,
     )
 
 
