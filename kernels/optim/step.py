@@ -5,7 +5,8 @@ where                          what runs
 =============================  =====================================================================================
 inside ``torch.compile``       the step of the torch optimizer, if nothing surrounds it; else the graph breaks, and:
 CUDA, ROCm, XPU parameters     Triton: one launch for all parameters of one dtype
-CPU parameters                 PyTorch's own fused kernel where it has one, a compiled form of the rule where not
+CPU parameters                 PyTorch's own fused kernel, where it has one and the dtype is float32 or float64; else
+                               a compiled form of the rule
 anything else                  the rule in plain PyTorch
 =============================  =====================================================================================
 """
