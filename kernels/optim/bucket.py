@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,27 +36,52 @@ class Kind(NamedTuple):
     shards: tuple[tuple[Any, int], ...]
 
 
+class Entry(NamedTuple):
+    """A parameter and what belongs to it.
+
+    Attributes:
+        original: as the user knows it; the tensors below are what this process has of each.
+        param: the parameter.
+        grad: its gradient.
+        step: the number of steps, if the rule asks for it.
+        states: of the rule's reference.
+        direction_states: of its direction.
+        average: the running average.
+        lost: what rounding took.
+        group: the index of its group.
+        number: its own, over all groups.
+        first: whether its states are new.
+    """
+
+    original: Tensor
+    param: Tensor
+    grad: Tensor
+    step: Tensor | None
+    states: tuple[Tensor, ...]
+    direction_states: tuple[Tensor, ...]
+    average: Tensor | None
+    lost: Tensor | None
+    group: int
+    number: int
+    first: bool
+
+
 class Bucket:
-    """The parameters of one kind, and what belongs to each: lists of one length."""
+    """The entries of one kind, as a list for each of their attributes."""
 
-    def __init__(self) -> None:
-        #: As the user knows them; the others are what this process has of each.
-        self.originals: list[Tensor] = []
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.steps: list[Tensor | None] = []
-        self.states: list[tuple[Tensor, ...]] = []
-        self.direction_states: list[tuple[Tensor, ...]] = []
-        self.averages: list[Tensor | None] = []
-        self.lost: list[Tensor | None] = []
-        self.groups: list[int] = []
-        self.numbers: list[int] = []
-        self.first: list[bool] = []
-
-    def append(self, **entry: Any) -> None:
-        """Add a parameter: one value for each list."""
-        for name, value in entry.items():
-            getattr(self, name).append(value)
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        columns: list[list[Any]] = [list(column) for column in zip(*entries, strict=True)]
+        self.originals: list[Tensor] = columns[0]
+        self.params: list[Tensor] = columns[1]
+        self.grads: list[Tensor] = columns[2]
+        self.steps: list[Tensor | None] = columns[3]
+        self.states: list[tuple[Tensor, ...]] = columns[4]
+        self.direction_states: list[tuple[Tensor, ...]] = columns[5]
+        self.averages: list[Tensor | None] = columns[6]
+        self.lost: list[Tensor | None] = columns[7]
+        self.groups: list[int] = columns[8]
+        self.numbers: list[int] = columns[9]
+        self.first: list[bool] = columns[10]
 
 
 def local(t: Tensor, like: Tensor | None = None) -> Tensor:
@@ -90,18 +115,6 @@ def shards(t: Tensor) -> tuple[tuple[Any, int], ...]:
     if not sharding.is_sharded(t):
         return ()
     return tuple((t.device_mesh, m) for m, placement in enumerate(t.placements) if placement.is_shard())  # type: ignore[attr-defined]
-
-
-def is_dense(t: Tensor) -> bool:
-    """Whether the elements of t fill a piece of memory, in any order of the dims."""
-    if t.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def total_norm(buckets: Mapping[Kind, Bucket]) -> Tensor:

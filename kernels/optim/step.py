@@ -20,7 +20,8 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, Kind, is_dense, local, shards, total_norm
+from .bucket import Bucket, Kind, total_norm
+from .gather import Gathered, gather
 from .rule import Rule
 from .run import Around, run
 
@@ -84,6 +85,8 @@ class FusedStep(torch.optim.Optimizer):
     gradient_norm: Tensor | None = None
     #: What the CUDA graphs that a step was captured in read again at every replay.
     captured: list[Any]
+    #: What the last step found, for the next one.
+    gathered: Gathered | None = None
     _step_supports_amp_scaling = True
 
     def _rule_of(self, p: Tensor, group: dict[str, Any]) -> Rule:
@@ -92,10 +95,6 @@ class FusedStep(torch.optim.Optimizer):
 
     def _set_extras(self, differentiable: bool = False, **extras: Any) -> None:
         name = type(self).__name__
-        self._extras: Extras = {
-            "max_norm": None, "ema_decay": None, "rounding": "nearest", "state_dtype": None,
-            "clear_gradients": False, "seed": 0,
-        }  # fmt: skip
         unknown = extras.keys() - _DEFAULTS.keys()
         if unknown:
             known = ", ".join(_DEFAULTS)
@@ -118,7 +117,7 @@ class FusedStep(torch.optim.Optimizer):
             raise ValueError(f"{name}: seed must lie in [0, 2**31), got {e['seed']}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_extras": self._extras, "captured": []}
+        return {**super().__getstate__(), "_extras": self._extras, "captured": [], "gathered": None}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -146,7 +145,7 @@ class FusedStep(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and (found_inf.device.type == "cpu" or self._starts_undampened()) and found_inf:
             return
-        buckets = self._buckets()
+        buckets = gather(self)
         factor = self._factor(buckets)
         weight = 1.0 - (self._extras["ema_decay"] or 0.0)
         for kind, bucket in buckets.items():
@@ -154,6 +153,7 @@ class FusedStep(torch.optim.Optimizer):
                 None if t is None else t.to(kind.device, non_blocking=True) for t in (factor, found_inf)
             )
             run(self, kind, bucket, Around(factor, found_inf, weight, self._extras["seed"]))
+            bucket.grads = []  # they are the model's, to be freed when it likes
 
     def _starts_undampened(self) -> bool:
         """Whether the next step differs from all others: with dampening, a momentum starts as the first gradient."""
@@ -218,77 +218,6 @@ class FusedStep(torch.optim.Optimizer):
                         f"{name}: rounding={self._extras['rounding']!r} is for torch.bfloat16 parameters, got "
                         f"torch.float16; use model.bfloat16(), or a float32 model under autocast"
                     )
-
-    def _buckets(self) -> dict[Kind, Bucket]:
-        """All parameters with a gradient, by kind; states that are missing are made."""
-        buckets: dict[Kind, Bucket] = {}
-        number = -1
-        for index, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                number += 1
-                if p.grad is not None:
-                    self._add(buckets, p, self._rule_of(p, group), index, number)
-        return buckets
-
-    def _add(
-        self,
-        buckets: dict[Kind, Bucket],
-        p: Tensor,
-        rule: Rule,
-        index: int,
-        number: int,
-    ) -> None:
-        group = self.param_groups[index]
-        names, options = rule.states(group), rule.options(group)
-        assert p.grad is not None
-        e, state = self._extras, self.state.get(p, {})
-        rounds = e["rounding"] != "nearest" and p.dtype == torch.bfloat16
-        dtype = e["state_dtype"] or (torch.float32 if rounds else p.dtype)
-        first = any(state.get(name) is None for name in names)
-        shapes = rule.direction_states(p)
-        wanted = dict.fromkeys((*names, *shapes), dtype)
-        if rounds:
-            options += (e["rounding"],)
-            wanted |= {"compensation": p.dtype} if e["rounding"] == "kahan" else {}
-        if e["ema_decay"] is not None:
-            options += ("average",)
-            wanted["ema"] = torch.promote_types(p.dtype, torch.float32)
-        if e["clear_gradients"]:
-            options += ("clear",)
-        p_local, grad = local(p), local(p.grad, like=p)
-        dense = is_dense(p_local)
-        for name, its in wanted.items():
-            known = state.get(name)
-            if name in shapes and shapes[name] != tuple(p.shape):
-                state[name] = torch.zeros(shapes[name], dtype=its, device=p.device) if known is None else known.to(its)
-            elif known is None:
-                state[name] = torch.zeros_like(p, dtype=its) if name != "ema" else p.detach().to(its, copy=True)
-            elif known.dtype != its or (dense and known.stride() != p.stride()):
-                state[name] = torch.empty_like(p, dtype=its).copy_(known)
-        if "stochastic" in options and "step" not in options:
-            options += ("step",)
-        if "step" in options:
-            state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).to(p.device)
-        if state:
-            self.state[p] = state
-        if dense and grad.stride() != p_local.stride():
-            grad = torch.empty_like(p_local, dtype=grad.dtype).copy_(grad)
-            if e["clear_gradients"]:
-                local(p.grad).zero_()
-        kind = Kind(rule, p_local.device, p_local.dtype, grad.dtype, dtype, options, dense, shards(p))
-        buckets.setdefault(kind, Bucket()).append(
-            originals=p,
-            params=p_local,
-            grads=grad,
-            steps=state["step"] if "step" in options else None,
-            states=tuple(local(state[name]) for name in names),
-            direction_states=tuple(local(state[name]) for name in shapes),
-            averages=local(state["ema"]) if "average" in options else None,
-            lost=local(state["compensation"]) if "kahan" in options else None,
-            groups=index,
-            numbers=number,
-            first=first,
-        )
 
     def _factor(self, buckets: dict[Kind, Bucket]) -> Tensor | None:
         """What the gradients are multiplied by: unscaled and clipped."""
