@@ -4,6 +4,9 @@ from .dispatch import use_backend as use_backend
 from .fuse import FusionReport as FusionReport
 from .fuse import fuse as fuse
 from .fuse import unfuse as unfuse
+from .ops.add_modulated_norm import ADD_MODULATED_LAYER_NORM, ADD_MODULATED_RMS_NORM
+from .ops.add_modulated_norm import add_modulated_layer_norm as add_modulated_layer_norm
+from .ops.add_modulated_norm import add_modulated_rms_norm as add_modulated_rms_norm
 from .ops.batch_norm import BATCH_NORM_ACT
 from .ops.batch_norm import BatchNormAct2d as BatchNormAct2d
 from .ops.batch_norm import batch_norm_act as batch_norm_act
@@ -58,15 +61,10 @@ from .ops.mlp import MLP as MLP
 from .ops.mlp import GatedMLP as GatedMLP
 from .ops.mlp import gated_mlp as gated_mlp
 from .ops.mlp import mlp as mlp
-from .ops.modulated_norm import (
-    ADD_MODULATED_LAYER_NORM,
-    ADD_MODULATED_RMS_NORM,
-    MODULATED_LAYER_NORM,
-    MODULATED_RMS_NORM,
-)
+from .ops.modulated_norm import MODULATED_LAYER_NORM, MODULATED_RMS_NORM
 from .ops.modulated_norm import AdaLayerNormContinuous as AdaLayerNormContinuous
-from .ops.modulated_norm import add_modulated_layer_norm as add_modulated_layer_norm
-from .ops.modulated_norm import add_modulated_rms_norm as add_modulated_rms_norm
+from .ops.modulated_norm import AdaLayerNormZero as AdaLayerNormZero
+from .ops.modulated_norm import AdaLayerNormZeroSingle as AdaLayerNormZeroSingle
 from .ops.modulated_norm import modulated_layer_norm as modulated_layer_norm
 from .ops.modulated_norm import modulated_rms_norm as modulated_rms_norm
 from .ops.preference_losses import cpo_loss as cpo_loss

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from braze.kernels import (
     AdaLayerNormContinuous,
+    AdaLayerNormZero,
+    AdaLayerNormZeroSingle,
     RMSNormGated,
     add_layer_norm,
     add_modulated_layer_norm,
@@ -118,6 +120,28 @@ def test_the_adaptive_module_is_its_formula(norm_type: str, affine: bool) -> Non
     torch.testing.assert_close(module(x, condition), norm(x) * (1 + scale)[:, None] + shift[:, None])
     parts = {"linear": ("weight", "bias"), "norm": ("weight", "bias")[: affine * (2 - (norm_type == "rms_norm"))]}
     assert set(module.state_dict()) == {f"{part}.{name}" for part, names in parts.items() for name in names}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="the modules of diffusers to agree with")
+def test_the_adaptive_modules_are_those_of_diffusers() -> None:
+    from diffusers.models import normalization as theirs
+
+    torch.manual_seed(0)
+    x, emb = draw(2, 5, 32), draw(2, 32, seed=1)
+    for ours, original in (
+        (AdaLayerNormContinuous(32, 32, eps=1e-6), theirs.AdaLayerNormContinuous(32, 32, eps=1e-6)),
+        (AdaLayerNormContinuous(32, 32, False, norm_type="rms_norm"),
+         theirs.AdaLayerNormContinuous(32, 32, False, norm_type="rms_norm")),
+        (AdaLayerNormZero(32), theirs.AdaLayerNormZero(32)),
+        (AdaLayerNormZero(32, None, "fp32_layer_norm", False),
+         theirs.AdaLayerNormZero(32, None, "fp32_layer_norm", False)),
+        (AdaLayerNormZeroSingle(32), theirs.AdaLayerNormZeroSingle(32)),
+    ):  # fmt: skip
+        ours.load_state_dict(original.state_dict())
+        original.load_state_dict(ours.state_dict())
+        # Their Zero takes a timestep and labels before the condition.
+        found = original(x, emb=emb) if isinstance(original, theirs.AdaLayerNormZero) else original(x, emb)
+        torch.testing.assert_close(ours(x, emb), found)
 
 
 @every_backend

@@ -2,12 +2,7 @@
 
     y = norm(x)·(1 + scale) + shift                             norm: LayerNorm or RMSNorm over the last dim
 
-and the joint of two branches of a block, the gated residual before it:
-
-    h = residual + gate·x
-    y = norm(h)·(1 + scale) + shift
-
-scale, shift and gate are one row for each sample, or for each token.
+scale and shift are one row for each sample, or for each token.
 
 Source: Peebles and Xie, Scalable Diffusion Models with Transformers (2023), adaLN-Zero; FLUX and Stable Diffusion 3.
 """
@@ -16,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +27,6 @@ from .rms_norm import RMSNorm
 def reference(x: Tensor, scale: Tensor, shift: Tensor | None, **options: Any) -> Tensor:
     """Modulated norm in plain PyTorch: ``scale`` and ``shift`` broadcast to x."""
     return row_norm.reference(x, scale, shift, **options)
-
-
-def add_reference(
-    x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor, shift: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """Gated residual and modulated norm in plain PyTorch: ``gate``, ``scale`` and ``shift`` broadcast to x."""
-    return row_norm.add_reference(x, residual, scale, shift, gate, None, **options)
 
 
 def modulated_layer_norm(
@@ -73,8 +61,8 @@ def modulated_layer_norm(
     """
     name = "modulated_layer_norm"
     row_norm.check_affine(name, x, weight, bias)
-    scale, shift = _modulation(name, x, scale=scale, shift=shift)
-    scale, shift, offset = _fold(scale, shift, weight, bias)
+    scale, shift = modulation(name, x, scale=scale, shift=shift)
+    scale, shift, offset = fold(scale, shift, weight, bias)
     return dispatch.run(MODULATED_LAYER_NORM, x, scale, shift, eps=float(eps), weight_offset=offset, center=True)
 
 
@@ -87,61 +75,76 @@ def modulated_rms_norm(
     """
     name = "modulated_rms_norm"
     row_norm.check_affine(name, x, weight)
-    scale, shift = _modulation(name, x, scale=scale, shift=shift)
-    scale, shift, offset = _fold(scale, shift, weight, None)
+    scale, shift = modulation(name, x, scale=scale, shift=shift)
+    scale, shift, offset = fold(scale, shift, weight, None)
     return dispatch.run(MODULATED_RMS_NORM, x, scale, shift, eps=float(eps), weight_offset=offset, center=False)
 
 
-def add_modulated_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """``h = residual + gate · x; return modulated_layer_norm(h, scale, shift, …), h``, in one pass over memory.
+class _AdaLayerNorm(torch.nn.Module):
+    """A linear map of the condition to several rows for each sample, and a LayerNorm with no weight of its own."""
 
-    This is what a block of a diffusion transformer does between its attention, whose output is x, and its MLP.
+    rows: ClassVar[int]
+
+    def __init__(self, embedding_dim: int, norm_type: str = "layer_norm", bias: bool = True) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if norm_type not in ("layer_norm", "fp32_layer_norm"):
+            raise ValueError(f"{name}: norm_type must be 'layer_norm' or 'fp32_layer_norm', got {norm_type!r}")
+        self.silu = torch.nn.SiLU()
+        self.linear = torch.nn.Linear(embedding_dim, self.rows * embedding_dim, bias=bias)
+        self.norm = LayerNorm(embedding_dim, eps=1e-6, elementwise_affine=False)
+
+    def _parts(self, emb: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(self.silu(emb)).chunk(self.rows, dim=1)
+
+
+class AdaLayerNormZero(_AdaLayerNorm):
+    """Drop-in for the module of that name in diffusers, without an embedder of its own: same ``state_dict``.
+
+    The first norm of a block: a linear map of the condition gives six rows, of which this norm takes a shift and a
+    scale, and hands on the gate of the first branch and shift, scale and gate of the second.
 
     Args:
-        x: floating-point tensor [B, ..., D].
-        residual: like x; its dtype may be wider (a float32 residual stream).
-        gate: like scale.
-        scale: as in :func:`modulated_layer_norm`.
-        shift: like scale, or None for no shift.
-        weight: as in :func:`modulated_layer_norm`.
-        bias: as in :func:`modulated_layer_norm`.
-        eps: added to the variance.
-
-    Returns:
-        (normed, new_residual): normed like x, new_residual = h in the wider dtype of x and residual.
-
-    Raises:
-        TypeError: if x, gate, scale or shift is not floating point.
-        ValueError: as :func:`modulated_layer_norm`, or if residual has another shape than x, or gate than scale.
+        embedding_dim: D, and the size of the condition.
+        num_embeddings: None: the condition is embedded outside.
+        norm_type: ``"layer_norm"`` or ``"fp32_layer_norm"``; either is computed in float32.
+        bias: whether the linear map has one.
     """
-    return _add(ADD_MODULATED_LAYER_NORM, x, residual, gate, scale, shift, weight, bias, eps=eps, center=True)
+
+    rows = 6
+
+    def __init__(
+        self, embedding_dim: int, num_embeddings: int | None = None, norm_type: str = "layer_norm", bias: bool = True
+    ) -> None:
+        if num_embeddings is not None:
+            raise ValueError(
+                f"AdaLayerNormZero: num_embeddings must be None, got {num_embeddings}; embed the timestep and the "
+                "label outside, and pass the result as emb"
+            )
+        super().__init__(embedding_dim, norm_type, bias)
+
+    def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """[B, S, D] and [B, D] → (normed, gate_msa, shift_mlp, scale_mlp, gate_mlp); rows are [B, D]."""
+        shift, scale, *others = self._parts(emb)
+        gate, shift_mlp, scale_mlp, gate_mlp = others
+        return modulated_layer_norm(x, scale, shift, eps=self.norm.eps), gate, shift_mlp, scale_mlp, gate_mlp
 
 
-def add_modulated_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    weight: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """``h = residual + gate · x; return modulated_rms_norm(h, scale, shift, …), h``, in one pass over memory.
+class AdaLayerNormZeroSingle(_AdaLayerNorm):
+    """Drop-in for the module of that name in diffusers, the norm of FLUX's single blocks: same ``state_dict``.
 
-    Arguments, results and errors are those of :func:`add_modulated_layer_norm`.
+    Args:
+        embedding_dim: D, and the size of the condition.
+        norm_type: as for :class:`AdaLayerNormZero`.
+        bias: whether the linear map has one.
     """
-    return _add(ADD_MODULATED_RMS_NORM, x, residual, gate, scale, shift, weight, None, eps=eps, center=False)
+
+    rows = 3
+
+    def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, D] and [B, D] → (normed, gate), gate [B, D]."""
+        shift, scale, gate = self._parts(emb)
+        return modulated_layer_norm(x, scale, shift, eps=self.norm.eps), gate
 
 
 class AdaLayerNormContinuous(torch.nn.Module):
@@ -188,33 +191,13 @@ class AdaLayerNormContinuous(torch.nn.Module):
         return modulated_rms_norm(x, scale, shift, self.norm.weight, eps=self.eps)
 
 
-def _add(
-    op: Op,
-    x: Tensor,
-    residual: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    eps: float,
-    center: bool,
-) -> tuple[Tensor, Tensor]:
-    row_norm.check_affine(op.name, x, weight, bias)
-    row_norm.check_residual(op.name, x, residual)
-    scale, shift, gate = _modulation(op.name, x, scale=scale, shift=shift, gate=gate)
-    scale, shift, offset = _fold(scale, shift, weight, bias)
-    return dispatch.run(op, x, residual, gate, scale, shift, eps=float(eps), weight_offset=offset, center=center)
-
-
-def _modulation(name: str, x: Tensor, **rows: Tensor | None) -> list[Any]:
+def modulation(name: str, x: Tensor, **rows: Tensor | None) -> list[Any]:
     """Scale, shift and gate, checked, with the dims of x."""
     checks.floating(name, **rows)
     return checks.rows_of_groups(name, x, **rows)
 
 
-def _fold(
+def fold(
     scale: Tensor, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, float]:
     """(scale, shift, offset) such that ``n·(scale + offset) + shift`` is the modulated norm of affine rows."""
@@ -231,34 +214,16 @@ def _alone(run: Callable[..., Tensor], x: Tensor, scale: Tensor, shift: Tensor |
     return run(x, None, scale, shift, None, None, **options)
 
 
-def _added(
-    run: Callable[..., tuple[Tensor, Tensor]],
-    x: Tensor,
-    residual: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    return run(x, residual, scale, shift, gate, None, **options)
-
-
-def _aten(
+def aten(
     center: bool, x: Tensor, scale: Tensor, shift: Tensor | None, *affine: Tensor | None, eps: float = 1e-6
 ) -> Tensor:
+    """The plain calls: the norm that ``center`` stands for, then the modulation."""
     norm: Callable[..., Tensor] = F.layer_norm if center else F.rms_norm
     y = norm(x, x.shape[-1:], *affine, eps=eps) * (1 + scale)
     return (y if shift is None else y + shift).to(x.dtype)
 
 
-def _add_aten(
-    center: bool, x: Tensor, residual: Tensor, gate: Tensor, *others: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    h = (residual + gate * x).to(torch.promote_types(x.dtype, residual.dtype))
-    return _aten(center, h, *others, **options).to(x.dtype), h  # type: ignore[arg-type]
-
-
-def _rows(draw: Draw, count: int, *, B: int, S: int, D: int, tokens: bool) -> list[Tensor]:
+def rows(draw: Draw, count: int, *, B: int, S: int, D: int, tokens: bool) -> list[Tensor]:
     """So many rows for each sample, or each token: the parts of what one linear map gave, as they are in a model."""
     whole = draw.weight(B, S if tokens else 1, count * D)
     return [part.detach().requires_grad_() for part in whole.chunk(count, -1)]
@@ -267,14 +232,8 @@ def _rows(draw: Draw, count: int, *, B: int, S: int, D: int, tokens: bool) -> li
 def _inputs(draw: Draw, *, B: int, S: int, D: int, tokens: bool = False, affine: int = 0) -> Call:
     x = draw.tensor(B, S, D)
     return Call(
-        (x, *_rows(draw, 2, B=B, S=S, D=D, tokens=tokens), *[draw.weight(D) for _ in range(affine)]), {"eps": 1e-6}
+        (x, *rows(draw, 2, B=B, S=S, D=D, tokens=tokens), *[draw.weight(D) for _ in range(affine)]), {"eps": 1e-6}
     )
-
-
-def _add_inputs(draw: Draw, *, B: int, S: int, D: int, tokens: bool = False, affine: int = 0) -> Call:
-    x, residual = draw.tensor(B, S, D), draw.tensor(B, S, D)
-    gate, scale, shift = _rows(draw, 3, B=B, S=S, D=D, tokens=tokens)
-    return Call((x, residual, gate, scale, shift, *[draw.weight(D) for _ in range(affine)]), {"eps": 1e-6})
 
 
 def _errors() -> Iterator[ErrorInput]:
@@ -287,14 +246,7 @@ def _errors() -> Iterator[ErrorInput]:
     yield ErrorInput(Call((x, m, x)), ValueError, r"shift must have the shape of scale, \(2, 8\), got \(2, 3, 8\)")
 
 
-def _add_errors() -> Iterator[ErrorInput]:
-    x, m = torch.zeros(2, 3, 8), torch.zeros(2, 8)
-    yield ErrorInput(Call((x, m, m, m, m)), ValueError, r"residual must have the shape of x.*got \(2, 8\)")
-    yield ErrorInput(Call((x, x, x, m, m)), ValueError, r"gate must have the shape of scale, \(2, 8\), got \(2, 3, 8\)")
-    yield ErrorInput(Call((x, x, m.long(), m, m)), TypeError, r"gate must be a floating-point.*int64")
-
-
-def _traffic(
+def traffic(
     statistics: int, itemsize: int, *, B: int, S: int, D: int, tokens: bool = False, affine: int = 0
 ) -> Traffic:
     """x, y, scale, shift forward; dy, x, dx, scale and the gradients of scale and shift backward; the statistics."""
@@ -306,20 +258,11 @@ def _traffic(
     return Traffic(2 * size + 8 * rows + numbers, 3 * size + 12 * rows + numbers)
 
 
-def _add_traffic(
-    statistics: int, itemsize: int, *, B: int, S: int, D: int, tokens: bool = False, affine: int = 0
-) -> Traffic:
-    """Of the residual, h and the gate beside these; backward x, dh_out, the residual's gradient and the gate's."""
-    alone = _traffic(statistics, itemsize, B=B, S=S, D=D, tokens=tokens, affine=affine)
-    size, gate = B * S * D * itemsize, B * (S if tokens else 1) * D * itemsize
-    return Traffic(alone.forward + 2 * size + gate, alone.backward + 3 * size + 2 * gate)
-
-
-_DIMS = {"B": (0, 1, 3), "S": (1, 2, 33, 129), "D": (1, 31, 32, 33, 127, 129, 1023, 1025, 8193, 16_385)}
+DIMS = {"B": (0, 1, 3), "S": (1, 2, 33, 129), "D": (1, 31, 32, 33, 127, 129, 1023, 1025, 8193, 16_385)}
 # DiT-XL/2 at 256², FLUX.1 at 1024².
-_BENCH = ({"B": 16, "S": 256, "D": 1152}, {"B": 1, "S": 4096, "D": 3072})
-_AUDIT = ({"B": 1, "S": 1024, "D": 512}, {"B": 1, "S": 512, "D": 3072}, {"B": 2, "S": 16, "D": 32_768})
-_VARIANTS: dict[str, Options] = {"default": {}, "for each token": {"tokens": True}, "affine": {"affine": 2}}
+BENCH = ({"B": 16, "S": 256, "D": 1152}, {"B": 1, "S": 4096, "D": 3072})
+AUDIT = ({"B": 1, "S": 1024, "D": 512}, {"B": 1, "S": 512, "D": 3072}, {"B": 2, "S": 16, "D": 32_768})
+VARIANTS: dict[str, Options] = {"default": {}, "for each token": {"tokens": True}, "affine": {"affine": 2}}
 _RMS_VARIANTS: dict[str, Options] = {"default": {}, "weight": {"affine": 1}}
 
 
@@ -330,33 +273,14 @@ def _op(name: str, fn: Callable[..., Tensor], *, center: bool, **fields: Any) ->
         reference=reference,
         impls={"triton": partial(_alone, row_norm.triton), "compile": partial(_alone, row_norm.compiled)},
         inputs=_inputs,
-        dims=_DIMS,
-        bench=_BENCH,
-        audit=_AUDIT,
-        traffic=partial(_traffic, 1 + center),
+        dims=DIMS,
+        bench=BENCH,
+        audit=AUDIT,
+        traffic=partial(traffic, 1 + center),
         flops=lambda B, S, D: (9 if center else 6) * B * S * D,
-        aten=partial(_aten, center),
+        aten=partial(aten, center),
         axes="... D, ... D, ... D -> ... D",
         errors=_errors,
-        **fields,
-    )
-
-
-def _add_op(name: str, fn: Callable[..., tuple[Tensor, Tensor]], *, center: bool, **fields: Any) -> Op:
-    return Op(
-        name=name,
-        fn=fn,
-        reference=add_reference,
-        impls={"triton": partial(_added, row_norm.triton), "compile": partial(_added, row_norm.compiled)},
-        inputs=_add_inputs,
-        dims=_DIMS,
-        bench=_BENCH,
-        audit=_AUDIT,
-        traffic=partial(_add_traffic, 1 + center),
-        flops=lambda B, S, D: (11 if center else 8) * B * S * D,
-        aten=partial(_add_aten, center),
-        axes="... D, ... D, ... D, ... D, ... D -> ... D, ... D",
-        errors=_add_errors,
         **fields,
     )
 
@@ -366,12 +290,12 @@ MODULATED_LAYER_NORM = _op(
     modulated_layer_norm,
     center=True,
     replaces="`F.layer_norm(x) * (1 + scale) + shift`: adaLN of DiT, FLUX, SD3",
-    variants=_VARIANTS,
+    variants=VARIANTS,
     excess={
         ("affine", "forward"): Excess(1.03, "scale and shift are folded with the norm's own weight and bias first"),
         ("affine", "backward"): Excess(1.04, "and their gradients unfolded last"),
     },
-    modules=(AdaLayerNormContinuous,),
+    modules=(AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle),
 )
 
 MODULATED_RMS_NORM = _op(
@@ -380,20 +304,4 @@ MODULATED_RMS_NORM = _op(
     center=False,
     replaces="`F.rms_norm(x) * (1 + scale) + shift`",
     variants=_RMS_VARIANTS,
-)
-
-ADD_MODULATED_LAYER_NORM = _add_op(
-    "add_modulated_layer_norm",
-    add_modulated_layer_norm,
-    center=True,
-    replaces="`residual + gate * x`, then a modulated `F.layer_norm`: between the branches of a DiT block",
-    variants={k: v for k, v in _VARIANTS.items() if k != "affine"},
-)
-
-ADD_MODULATED_RMS_NORM = _add_op(
-    "add_modulated_rms_norm",
-    add_modulated_rms_norm,
-    center=False,
-    replaces="`residual + gate * x`, then a modulated `F.rms_norm`",
-    variants={"default": {}},
 )
