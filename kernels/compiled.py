@@ -55,19 +55,14 @@ def compiled(reference: Callable[..., Any]) -> Callable[..., Any]:
 def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Any:
     """``function(*tensors, **options)``, compiled, with no record for autograd; the options become constants."""
     kind = (function, *map(_described, tensors), *sorted(options.items()))
-    widths = tuple(t.shape[-1] if t is not None and t.dim() > 1 else None for t in tensors)
-    known = _widths.setdefault(kind, set())
-    if len(known) < MOST_WIDTHS:
-        known.add(widths)
-    elif widths not in known:
-        widths = ()
     # Detached: Dynamo looks at .grad, which warns where a tensor is not a leaf.
     detached = [None if t is None else t.detach() for t in tensors]
     with torch.no_grad():
-        call = _calls.get((kind, widths))
+        place = kind, _constant_sizes(kind, tensors)
+        call = _calls.get(place)
         if call is not None:
             return call(*detached, **options)
-        call = _calls[kind, widths] = _new_call(function, widths)
+        call = _calls[place] = _new_call(function, place[1])
         with torch._dynamo.config.patch(specialize_float=True):
             return call(*detached, **options)
 
@@ -78,15 +73,45 @@ def _described(t: Tensor | None) -> tuple[Any, ...] | None:
     return None if t is None else (t.dtype, t.device, *(min(stride, 2) for stride in t.stride()))
 
 
-#: Widths of rows that get compiled code of their own, for each kind of call; further ones share code for any width.
+#: Shapes, with strides, that get compiled code of their own, for each kind of call: a training run has few.
+MOST_SHAPES = 2
+#: Widths of rows that do after that; further ones share code for any width.
 #: With a constant width softmax of float32 [4096, 1024] took 2.7 ms, with a variable one 3.6 (two cores of an EPYC).
 MOST_WIDTHS = 4
-_widths: dict[tuple[Any, ...], set[tuple[int | None, ...]]] = {}
+_shapes: dict[tuple[Any, ...], set[Any]] = {}
+_widths: dict[tuple[Any, ...], set[Any]] = {}
 _calls: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _serial = itertools.count()
 
 
-def _new_call(function: Callable[..., Any], widths: tuple[int | None, ...]) -> Callable[..., Any]:
+class _Shapes(tuple[Any, ...]):
+    """The shape and strides of every tensor."""
+
+
+class _Widths(tuple[int | None, ...]):
+    """The last size of every tensor of two dims or more."""
+
+
+def _constant_sizes(kind: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> _Shapes | _Widths:
+    """What is a constant of the code that runs for these tensors."""
+    shapes = _Shapes(None if t is None else (t.shape, t.stride()) for t in tensors)
+    if _few(_shapes, kind, shapes, MOST_SHAPES):
+        return shapes
+    widths = _Widths(t.shape[-1] if t is not None and t.dim() > 1 else None for t in tensors)
+    return widths if _few(_widths, kind, widths, MOST_WIDTHS) else _Widths()
+
+
+def _few(seen: dict[tuple[Any, ...], set[Any]], kind: tuple[Any, ...], sizes: Any, most: int) -> bool:
+    """Whether these sizes are among the first of a kind of call."""
+    known = seen.setdefault(kind, set())
+    if len(known) < most:
+        known.add(sizes)
+    return sizes in known
+
+
+def _new_call(function: Callable[..., Any], sizes: _Shapes | _Widths) -> Callable[..., Any]:
+    widths = sizes if isinstance(sizes, _Widths) else ()
+
     def call(*tensors: Tensor | None, **options: Any) -> Any:
         for t, width in zip(tensors, widths, strict=False):
             if t is not None and width is not None:
@@ -97,7 +122,7 @@ def _new_call(function: Callable[..., Any], widths: tuple[int | None, ...]) -> C
     # a code object of its own, so only sizes can recompile, and dynamic=True covers those.
     code = call.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     copy = types.FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
-    return torch.compile(copy, dynamic=True, fullgraph=True)
+    return torch.compile(copy, dynamic=isinstance(sizes, _Widths), fullgraph=True)
 
 
 def column_sum(parameter: Tensor, *factors: Tensor, rows: int = 32) -> Tensor:

@@ -12,7 +12,9 @@ from braze.kernels import RMS_NORM, compiled, rms_norm, use_backend
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_calls", {})
+    monkeypatch.setattr(compiled, "_shapes", {})
     monkeypatch.setattr(compiled, "_widths", {})
+    monkeypatch.setattr(compiled, "MOST_SHAPES", 0)
 
 
 def graphs() -> int:
@@ -23,6 +25,17 @@ def check(rows: int, width: int, eps: float = 1e-6) -> None:
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
     with use_backend("compile"), torch.no_grad():
         torch.testing.assert_close(rms_norm(x, eps=eps), RMS_NORM.reference(x, None, eps=eps, weight_offset=0.0))
+
+
+def test_the_first_shapes_have_code_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "MOST_SHAPES", 2)
+    before = graphs()
+    for rows in (48, 33, 48, 33):
+        check(rows, 64)
+    assert graphs() == before + 2
+    for rows in (2, 100, 48):
+        check(rows, 64)
+    assert graphs() == before + 3
 
 
 def test_another_number_of_rows_runs_the_same_code() -> None:
