@@ -208,8 +208,18 @@ def _providers(case: Case, call: Call) -> tuple[dict[str, Function], dict[str, s
 def _implementation(case: Case, call: Call, provider: str) -> str:
     if provider != BASELINE:
         return {"aten": "eager", "compiled": "torch.compile of the eager form", "copy": "Tensor.copy_"}[provider]
-    present = tuple(t for t in pytree.tree_leaves(call) if isinstance(t, Tensor))
-    return dispatch.choose(case.op, present).backend
+    chosen = []
+
+    def choose(*arguments: Any, **options: Any) -> dispatch.Choice:
+        chosen.append(before(*arguments, **options))
+        return chosen[-1]
+
+    before, dispatch.choose = dispatch.choose, choose
+    try:
+        case.op.fn(*call.args, **call.kwargs)
+    finally:
+        dispatch.choose = before
+    return chosen[0].backend
 
 
 def _work(fn: Function, call: Call, cotangents: Sequence[Tensor] | None) -> timing.Work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -81,6 +82,23 @@ def test_triton_is_within_the_error_budget(op: Op, dtypes: tuple, device: str) -
     @given(case=cases(op, dtypes, device))
     def check(case: Case) -> None:
         check_against_reference(case, "triton")
+
+    check()
+
+
+@every_op
+@pytest.mark.skipif(
+    settings.get_current_profile_name() != "deep", reason="compiles for minutes: HYPOTHESIS_PROFILE=deep"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_compiled_is_within_the_error_budget_at_any_size(op: Op, dtype: torch.dtype, device: str) -> None:
+    """Dims, values and seeds; not strides and variants, each of which would be a compilation of its own."""
+
+    @given(case=cases(op, (dtype, None), device))
+    @settings(max_examples=500)
+    def check(case: Case) -> None:
+        plain = {"variant": "default", "layout": "contiguous", "cotangent_layout": "contiguous"}
+        check_against_reference(dataclasses.replace(case, **plain), "compile")
 
     check()
 

@@ -141,5 +141,7 @@ LOG_SOFTMAX = Op(
     errors=_errors,
     variants={"default": {}, "dim 0": {"dim": 0}},
     modules=(LogSoftmax,),
+    # On two cores of an EPYC at the sizes above, forward and backward: 0.57 to 0.88 of the compiled form's time.
+    plain_on_cpu=lambda x: x.dtype == torch.float32,
     autocast_to_float32=frozenset({"cuda", "xpu"}),
 )

@@ -29,7 +29,9 @@ def reference(
     x: Tensor, mask: Tensor | None, sink: Tensor | None, *, scale: float, softcap: float | None, causal: bool
 ) -> Tensor:
     """Softmax over the last dim in plain PyTorch: float32 (or wider) inside, the result in the dtype of ``x``."""
-    s = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
+    s = x.to(torch.promote_types(x.dtype, torch.float32))
+    if scale != 1.0:
+        s = s * scale
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     if mask is not None and mask.dtype != torch.bool:
@@ -234,6 +236,13 @@ def _aten(
     return torch.softmax(s, dim).to(x.dtype)
 
 
+def _is_atens(
+    x: Tensor, mask: Tensor | None, sink: Tensor | None, *, scale: float, softcap: float | None, causal: bool
+) -> bool:
+    plain = mask is None and sink is None and scale == 1.0 and softcap is None and not causal
+    return plain and x.dtype == torch.float32
+
+
 def _inputs(draw: Draw, *, B: int, Q: int, K: int, mask: str | None = None, sink: bool = False, **options: Any) -> Call:
     x = draw.tensor(B, Q, K)
     if mask == "boolean":
@@ -330,5 +339,7 @@ SOFTMAX = Op(
         "dim 1": {"dim": 1},
     },
     modules=(Softmax,),
+    # On two cores of an EPYC at the sizes above: 0.72 to 0.99 of the compiled form's time.
+    plain_on_cpu=_is_atens,
     autocast_to_float32=frozenset({"cuda", "xpu"}),
 )
