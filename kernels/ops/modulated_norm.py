@@ -266,6 +266,13 @@ VARIANTS: dict[str, Options] = {"default": {}, "for each token": {"tokens": True
 _RMS_VARIANTS: dict[str, Options] = {"default": {}, "weight": {"affine": 1}}
 
 
+def _folded(variant: str) -> dict[tuple[str, str], Excess]:
+    return {
+        (variant, "forward"): Excess(1.03, "scale and shift are folded with the norm's own weight and bias first"),
+        (variant, "backward"): Excess(1.04, "and their gradients unfolded last"),
+    }
+
+
 def _op(name: str, fn: Callable[..., Tensor], *, center: bool, **fields: Any) -> Op:
     return Op(
         name=name,
@@ -291,10 +298,7 @@ MODULATED_LAYER_NORM = _op(
     center=True,
     replaces="`F.layer_norm(x) * (1 + scale) + shift`: adaLN of DiT, FLUX, SD3",
     variants=VARIANTS,
-    excess={
-        ("affine", "forward"): Excess(1.03, "scale and shift are folded with the norm's own weight and bias first"),
-        ("affine", "backward"): Excess(1.04, "and their gradients unfolded last"),
-    },
+    excess=_folded("affine"),
     modules=(AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle),
 )
 
@@ -304,4 +308,5 @@ MODULATED_RMS_NORM = _op(
     center=False,
     replaces="`F.rms_norm(x) * (1 + scale) + shift`",
     variants=_RMS_VARIANTS,
+    excess=_folded("weight"),
 )

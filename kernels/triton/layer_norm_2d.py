@@ -6,9 +6,12 @@
 
 Memory-bound. Channels lie P elements apart, so a program takes all channels of a block of adjacent pixels, 32 at least
 (64 bytes of bf16, two memory sectors) or 16 where there are more than 512 channels: about 4,096 elements, 16 a thread,
-two 16-byte accesses of bf16. The channels are added up across warps, which costs a trip through shared memory a tile.
-Programs are few and long-lived (four a multiprocessor forward, two backward) so that the weight is read, and a partial
-weight gradient written, once a program; a second kernel adds the partial sums up in a fixed order.
+two 16-byte accesses of bf16; the largest, of 16,384, are 32 a thread, for 1,024 threads have but 64 registers each. The
+backward pass holds two operands, and takes half as many pixels: of more than 512 channels half a sector of bf16, whose
+other half the next program reads at about the same time. The channels are added up across warps, which costs a trip
+through shared memory a tile. Programs are few and long-lived (four a multiprocessor forward, two backward) so that the
+weight is read, and a partial weight gradient written, once a program; a second kernel adds the partial sums up in a
+fixed order.
 
 More than MAX_CHANNELS of even 16 pixels do not fit into the registers of a program. They are read twice: once for the
 statistics, block by block (Chan's update), and once to write the result; the backward pass likewise.
@@ -191,7 +194,7 @@ def forward(x, weight, bias, *, eps: float):
     mean, rstd = (torch.empty(N, P, dtype=torch.float32, device=x.device) for _ in range(2))
     pointers = (x.contiguous(), contiguous(weight), contiguous(bias), y, mean, rstd)
     if x.numel():
-        BLOCK_C, BLOCK_P, num_warps = _tile(C, P)
+        BLOCK_C, BLOCK_P, num_warps = _tile(C, P, pixels=32)
         tiles = N * triton.cdiv(P, BLOCK_P)
         meta = {"BLOCK_C": BLOCK_C, "BLOCK_P": BLOCK_P, "num_warps": num_warps}
         if C <= MAX_CHANNELS:
@@ -206,7 +209,7 @@ def backward(grads, saved, needs, *, eps: float):
     x, weight, bias, mean, rstd = saved
     N, C, P = _sizes(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
-    BLOCK_C, BLOCK_P, num_warps = _tile(C, P)
+    BLOCK_C, BLOCK_P, num_warps = _tile(C, P, pixels=16)
     if BLOCK_C * BLOCK_P <= 4096 and C <= MAX_CHANNELS:
         num_warps = max(1, num_warps // 2)  # 8 warps spilled 8 bytes on sm_100 (no affine, bf16)
     tiles = N * triton.cdiv(P, BLOCK_P)
@@ -234,11 +237,11 @@ def _sizes(x):
     return N, C, H * W
 
 
-def _tile(C: int, P: int) -> tuple[int, int, int]:
-    """Channels and pixels of a tile, and the warps that work on it."""
+def _tile(C: int, P: int, *, pixels: int) -> tuple[int, int, int]:
+    """Channels and pixels of a tile, at least so many of up to 512 channels, and the warps that work on it."""
     if C > MAX_CHANNELS:
         return LONG_BLOCK_C, min(LONG_BLOCK_P, triton.next_power_of_2(max(1, P))), 8
     BLOCK_C = triton.next_power_of_2(max(1, C))
-    BLOCK_P = max(4096 // BLOCK_C, 32 if BLOCK_C <= 512 else 16)
+    BLOCK_P = max(4096 // BLOCK_C, pixels if BLOCK_C <= 512 else pixels // 2)
     BLOCK_P = min(BLOCK_P, triton.next_power_of_2(max(1, P)))
-    return BLOCK_C, BLOCK_P, min(32, max(4, BLOCK_C * BLOCK_P // 512))
+    return BLOCK_C, BLOCK_P, min(16, max(4, BLOCK_C * BLOCK_P // 512))
