@@ -127,7 +127,7 @@ def test_the_adaptive_modules_are_those_of_diffusers() -> None:
     from diffusers.models import normalization as theirs
 
     torch.manual_seed(0)
-    x, emb = draw(2, 5, 32).double(), draw(2, 32, seed=1).double()  # the same formula, to the last few digits
+    x, emb = draw(2, 5, 32), draw(2, 32, seed=1)
     for ours, original in (
         (AdaLayerNormContinuous(32, 32, eps=1e-6), theirs.AdaLayerNormContinuous(32, 32, eps=1e-6)),
         (AdaLayerNormContinuous(32, 32, False, norm_type="rms_norm"),
@@ -137,7 +137,7 @@ def test_the_adaptive_modules_are_those_of_diffusers() -> None:
          theirs.AdaLayerNormZero(32, None, "fp32_layer_norm", False)),
         (AdaLayerNormZeroSingle(32), theirs.AdaLayerNormZeroSingle(32)),
     ):  # fmt: skip
-        ours.double().load_state_dict(original.double().state_dict())
+        ours.load_state_dict(original.state_dict())
         original.load_state_dict(ours.state_dict())
         # Their Zero takes a timestep and labels before the condition.
         found = original(x, emb=emb) if isinstance(original, theirs.AdaLayerNormZero) else original(x, emb)

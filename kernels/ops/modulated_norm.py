@@ -80,6 +80,10 @@ def modulated_rms_norm(
     return dispatch.run(MODULATED_RMS_NORM, x, scale, shift, eps=float(eps), weight_offset=offset, center=False)
 
 
+#: ε by the name that diffusers has for a norm; both are computed in float32 here.
+_EPS = {"layer_norm": 1e-6, "fp32_layer_norm": 1e-5}
+
+
 class _AdaLayerNorm(torch.nn.Module):
     """A linear map of the condition to several rows for each sample, and a LayerNorm with no weight of its own."""
 
@@ -87,12 +91,11 @@ class _AdaLayerNorm(torch.nn.Module):
 
     def __init__(self, embedding_dim: int, norm_type: str = "layer_norm", bias: bool = True) -> None:
         super().__init__()
-        name = type(self).__name__
-        if norm_type not in ("layer_norm", "fp32_layer_norm"):
-            raise ValueError(f"{name}: norm_type must be 'layer_norm' or 'fp32_layer_norm', got {norm_type!r}")
+        if norm_type not in _EPS:
+            raise ValueError(f"{type(self).__name__}: norm_type must be one of {', '.join(_EPS)}, got {norm_type!r}")
         self.silu = torch.nn.SiLU()
         self.linear = torch.nn.Linear(embedding_dim, self.rows * embedding_dim, bias=bias)
-        self.norm = LayerNorm(embedding_dim, eps=1e-6, elementwise_affine=False)
+        self.norm = LayerNorm(embedding_dim, eps=_EPS[norm_type], elementwise_affine=False)
 
     def _parts(self, emb: Tensor) -> tuple[Tensor, ...]:
         return self.linear(self.silu(emb)).chunk(self.rows, dim=1)
@@ -107,7 +110,7 @@ class AdaLayerNormZero(_AdaLayerNorm):
     Args:
         embedding_dim: D, and the size of the condition.
         num_embeddings: None: the condition is embedded outside.
-        norm_type: ``"layer_norm"`` or ``"fp32_layer_norm"``; either is computed in float32.
+        norm_type: ``"layer_norm"``, with ε = 1e-6, or ``"fp32_layer_norm"``, with 1e-5.
         bias: whether the linear map has one.
     """
 
