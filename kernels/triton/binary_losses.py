@@ -136,14 +136,14 @@ def forward(x, target, weight=None, positive_weight=None, *, reduction: str, **o
     """Return the losses, or their sum or mean, and what the backward pass needs: the inputs themselves."""
     view = _view(x, target, weight, positive_weight)
     dtype = torch.promote_types(x.dtype, target.dtype)
-    (tiles,), meta = elementwise_tiles(view.N, view.D)
+    (tiles,), meta = elementwise_tiles(view.N, view.D) if x.numel() else ((0,), {})
     reduced = reduction != "none"
     if reduced:
         tiles = min(tiles, 8 * multiprocessors(x.device))
         out = torch.empty(tiles, dtype=torch.float32, device=x.device)
     else:
         out = view.like(x, dtype)
-    if x.numel():
+    if tiles:
         launch(_forward, (tiles,), *view.operands, out, *view.sizes, **_constants(**options), REDUCED=reduced, **meta)
     loss = out.sum() if reduced else out
     if reduction == "mean":
