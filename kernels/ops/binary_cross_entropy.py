@@ -162,7 +162,7 @@ def _errors() -> Iterator[ErrorInput]:
     x, target = torch.zeros(2, 8), torch.ones(2, 8)
     wants = torch.ones(8, requires_grad=True)
     yield ErrorInput(Call((x.long(), target)), TypeError, r"x must be a floating-point.*int64")
-    yield ErrorInput(Call((x, target.cfloat())), TypeError, r"target must be real.*complex64")
+    yield ErrorInput(Call((x, target.to(torch.complex64))), TypeError, r"target must be real.*complex64")
     yield ErrorInput(Call((x, target[0])), ValueError, r"target must have the shape of x, \(2, 8\), got \(8,\)")
     yield ErrorInput(Call((x, target, target[:, :7])), ValueError, r"weight must broadcast to x \(2, 8\), got \(2, 7\)")
     yield ErrorInput(Call((x, target, None, target[None])), ValueError, r"pos_weight must broadcast.*got \(1, 2, 8\)")

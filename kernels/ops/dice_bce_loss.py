@@ -173,7 +173,7 @@ def _errors() -> Iterator[ErrorInput]:
     wants = torch.ones(2, 1, 8, requires_grad=True)
     yield ErrorInput(Call((x.long(), target)), TypeError, r"x must be a floating-point.*int64")
     yield ErrorInput(Call((x[0, 0], target[0, 0])), ValueError, r"x must be \[N, K, ...\].*got \(8,\)")
-    yield ErrorInput(Call((x, target.cfloat())), TypeError, r"target must be real.*complex64")
+    yield ErrorInput(Call((x, target.to(torch.complex64))), TypeError, r"target must be real.*complex64")
     yield ErrorInput(Call((x, target[:, 0])), ValueError, r"target must have the shape of x.*got \(2, 8\)")
     yield ErrorInput(Call((x, wants)), ValueError, r"pass target.detach\(\)")
     yield ErrorInput(Call((x, target), {"smooth": 0.0}), ValueError, "smooth must be positive, got 0.0")

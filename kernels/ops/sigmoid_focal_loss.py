@@ -133,7 +133,7 @@ def _errors() -> Iterator[ErrorInput]:
     x, target = torch.zeros(2, 8), torch.ones(2, 8)
     wants = torch.ones(2, 8, requires_grad=True)
     yield ErrorInput(Call((x.long(), target)), TypeError, r"x must be a floating-point.*int64")
-    yield ErrorInput(Call((x, target.cfloat())), TypeError, r"target must be real.*complex64")
+    yield ErrorInput(Call((x, target.to(torch.complex64))), TypeError, r"target must be real.*complex64")
     yield ErrorInput(Call((x, target[:, :1])), ValueError, r"target must have the shape of x, \(2, 8\), got \(2, 1\)")
     yield ErrorInput(Call((x, wants)), ValueError, r"pass target.detach\(\)")
     yield ErrorInput(Call((x, target), {"alpha": 1.5}), ValueError, "alpha must be at most 1, got 1.5")

@@ -14,8 +14,8 @@ N rows of D elements in one piece. With the target t (smoothed, if so), u = w⁺
 and all of it times w, or times α·t + (1 − α)·(1 − t). Nothing cancels and nothing overflows: p − t, 1 − p and q^(γ − 1)
 of a well classified element would. There against = 0, and ρ = 1 also where z has become 0.
 
-Memory-bound: x and t are read once in each pass, and a loss that is reduced is not written: each program keeps a sum
-for every element of its tile, and their sums are added up in a fixed order. Weights that broadcast are read where they
+Memory-bound: x and t are read once in each pass, and a loss that is reduced is not written: each program keeps
+sums for its tiles, and those of all programs are added up in a fixed order. Weights that broadcast are read where they
 lie; rows are as long as each of them either varies along all of a row or along none of it.
 """
 
@@ -70,6 +70,13 @@ def binary_loss(x, t, positive_weight, alpha, gamma, fraction, smoothing, WHOLE:
 
 
 @triton.jit
+def eighths(x):
+    """Sums of eight neighbours in a row, which a thread holds: a running sum of every element spilled on sm_90."""
+    NEIGHBOURS: tl.constexpr = 8 if x.shape[1] > 8 else x.shape[1]
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // NEIGHBOURS, NEIGHBOURS]), 2)
+
+
+@triton.jit
 def _broadcast(weight, n, d, mask, rows, columns, column_stride):
     at = (n % rows)[:, None] * columns + d[None, :] * column_stride
     return tl.load(weight + at, mask, other=0.0).to(tl.float32)
@@ -82,7 +89,7 @@ def _forward(
     WHOLE: tl.constexpr, REDUCED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(D, BLOCK_D)
-    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    total = eighths(tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
     for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N) * across, tl.num_programs(0)):
         n = (tile // across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         d = (tile % across).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -98,7 +105,7 @@ def _forward(
         if weight is not None:
             loss *= _broadcast(weight, n, d, mask, w_rows, w_columns, w_stride)
         if REDUCED:
-            total += tl.where(mask, loss, 0.0)
+            total += eighths(tl.where(mask, loss, 0.0))
         else:
             tl.store(out + at, loss.to(out.dtype.element_ty), mask)
     if REDUCED:
@@ -198,7 +205,7 @@ class _View(NamedTuple):
 
 
 def _view(x: Tensor, target: Tensor, *weights: Tensor | None) -> _View:
-    order = sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
+    order = sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
     dense = x.permute(order).is_contiguous()
     if not dense:
         order = list(range(x.dim()))
@@ -208,13 +215,10 @@ def _view(x: Tensor, target: Tensor, *weights: Tensor | None) -> _View:
     aligned = [None if w is None else w[(None,) * (x.dim() - w.dim())].permute(order) for w in weights]
     lead = _leading_dims(x.shape, [w for w in aligned if w is not None])
     N, D = x.shape[:lead].numel(), x.shape[lead:].numel()
-    operands, sizes = [], []
-    for w in aligned:
-        table = (None, 1, 1, 0) if w is None else _rows_of_weight(w, x.shape[:lead])
-        operands.append(table[0])
-        sizes += table[1:]
+    tables = [(None, 1, 1, 0) if w is None else _rows_of_weight(w, x.shape[:lead]) for w in aligned]
     # One row may have any length: a distance of 0 leaves its vectors aligned.
-    return _View(order, dense, N, D, (x, target, *operands), (N, D, D if N > 1 else 0, *sizes))
+    sizes = (N, D, D if N > 1 else 0, *(size for table in tables for size in table[1:]))
+    return _View(order, dense, N, D, (x, target, *(table[0] for table in tables)), sizes)
 
 
 def _leading_dims(shape: torch.Size, weights: Sequence[Tensor]) -> int:

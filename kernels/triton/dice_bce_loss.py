@@ -7,8 +7,7 @@
 
 Memory-bound: x and t are read once in each pass. Masks are long and few, so that several programs share a row: each
 adds up the four sums over its tiles, and a second kernel adds these up in a fixed order and finds loss, c and e of each
-row. Tiles of 1,024 elements (4 warps: 8 elements, one 16-byte access of bf16, a thread) leave the registers for four
-running sums of each.
+row.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .binary_losses import binary_loss
+from .binary_losses import binary_loss, eighths
 from .launch import elementwise_tiles, launch, multiprocessors
-
-TILE = 1024
 
 
 @triton.jit
@@ -33,13 +30,11 @@ def _sigmoid(x):
 
 @triton.jit
 def _forward(
-    x, target, partial, stride, R, D, WITH_BCE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+    x, target, partial, stride, R, D, WITH_BCE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    both = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    predicted = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    true = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    entropy = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    both = eighths(tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
+    predicted, true, entropy = both, both, both
     for tile in range(tl.program_id(1), tl.cdiv(D, BLOCK_D), tl.num_programs(1)):
         d = tile * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = (r < R)[:, None] & (d < D)[None, :]
@@ -47,12 +42,12 @@ def _forward(
         h = tl.load(x + at, mask, other=float("-inf")).to(tl.float32)
         t = tl.load(target + at, mask, other=0).to(tl.float32)
         p, _ = _sigmoid(h)  # 0 outside
-        both += p * t
-        predicted += p
-        true += t
+        both += eighths(p * t)
+        predicted += eighths(p)
+        true += eighths(t)
         if WITH_BCE:
             loss, _ = binary_loss(h, t, None, None, None, None, None, 0)
-            entropy += tl.where(mask, loss, 0.0)
+            entropy += eighths(tl.where(mask, loss, 0.0))
     out = partial + tl.program_id(1).to(tl.int64) * R + r
     tl.store(out, tl.sum(both, 1), r < R)
     tl.store(out + stride, tl.sum(predicted, 1), r < R)
@@ -117,16 +112,13 @@ def forward(x, target, *, reduction: str, dice_weight: float, bce_weight: float,
     losses = torch.empty(R, dtype=torch.float32, device=x.device)
     slopes = torch.empty(2, R, dtype=torch.float32, device=x.device)
     if R:
-        BLOCK_D = min(TILE, triton.next_power_of_2(max(1, D)))
-        BLOCK_R = min(TILE // BLOCK_D, triton.next_power_of_2(R))
-        blocks = triton.cdiv(R, BLOCK_R)
+        _, meta = elementwise_tiles(R, max(1, D))
+        blocks = triton.cdiv(R, meta["BLOCK_N"])
         # Eight programs of 4 warps fill a multiprocessor; a program that reads one tile is mostly start and end.
-        P = max(1, min(triton.cdiv(D, 4 * BLOCK_D), triton.cdiv(8 * multiprocessors(x.device), blocks)))
+        most = triton.cdiv(8 * multiprocessors(x.device), blocks)
+        P = max(1, min(triton.cdiv(D, 4 * meta["BLOCK_D"]), most))
         partial = torch.empty(4 if bce_weight else 3, P, R, dtype=torch.float32, device=x.device)
-        launch(_forward, (blocks, P),
-            logits, truth, partial, P * R, R, D,
-            WITH_BCE=bce_weight != 0.0, BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=4,
-        )  # fmt: skip
+        launch(_forward, (blocks, P), logits, truth, partial, P * R, R, D, WITH_BCE=bce_weight != 0.0, **meta)
         launch(_finish, (triton.cdiv(R, 32),),
             partial, losses, slopes, P * R, R, P, D, dice_weight, bce_weight or None, smooth,
             BLOCK_P=32, BLOCK_R=32, num_warps=4,

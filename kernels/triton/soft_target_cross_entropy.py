@@ -24,13 +24,21 @@ MAX_BLOCK = 4_096
 
 
 @triton.jit
-def _pull(target, weight, t_at, v, inside, V, smoothing):
+def _class_weights(weight, v, V):
+    if weight is None:
+        return None
+    else:
+        return tl.load(weight + v, v < V, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _pull(t, w, inside, V, smoothing):
     """π, 0 outside."""
-    pull = tl.load(target + t_at, inside, other=0.0).to(tl.float32)
+    pull = t.to(tl.float32)
     if smoothing is not None:
         pull = tl.where(inside, pull * (1.0 - smoothing) + smoothing / V, 0.0)
-    if weight is not None:
-        pull *= tl.load(weight + v, v < V, other=0.0).to(tl.float32)[None, :]
+    if w is not None:
+        pull *= w
     return pull
 
 
@@ -52,7 +60,8 @@ def _forward(
         if softcap is not None:
             bounded, _ = tanh(s / softcap)
             s = tl.where(inside, softcap * bounded, float("-inf"))
-        pull = _pull(target, weight, n[:, None] * target_stride + v[None, :], v, inside, V, smoothing)
+        t = tl.load(target + n[:, None] * target_stride + v[None, :], inside, other=0.0)
+        pull = _pull(t, _class_weights(weight, v, V), inside, V, smoothing)
         peak = tl.maximum(m, tl.max(s, 1))
         before = base
         # While every logit is −∞ so is the maximum, and −∞ − (−∞) would be NaN.
@@ -84,10 +93,12 @@ def _backward(
     if softcap is not None:
         bounded, slope = tanh(s / softcap)
         s = softcap * bounded
+    w = _class_weights(weight, v, V)
     at = n[:, None] * V + v[None, :]
     if dx is not None:
         mass = tl.load(masses + n, n < N, other=0.0)
-        pull = _pull(target, weight, n[:, None] * target_stride + v[None, :], v, inside, V, smoothing)
+        t = tl.load(target + n[:, None] * target_stride + v[None, :], inside, other=0.0)
+        pull = _pull(t, w, inside, V, smoothing)
         ds = (tl.exp(s - base[:, None] - log_sum[:, None]) * mass[:, None] - pull) * g[:, None]
         if softcap is not None:
             ds *= slope
@@ -96,8 +107,8 @@ def _backward(
         dt = (base[:, None] - s + log_sum[:, None]) * g[:, None]
         if smoothing is not None:
             dt *= 1.0 - smoothing
-        if weight is not None:
-            dt *= tl.load(weight + v, v < V, other=0.0).to(tl.float32)[None, :]
+        if w is not None:
+            dt *= w
         tl.store(dtarget + at, dt.to(dtarget.dtype.element_ty), inside)
 
 
