@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import dispatch, sharding
 from ..autograd import fused, vjp
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
-from . import checks
+from . import binary_losses, checks
 
 
 def reference(
@@ -42,14 +42,7 @@ def reference(
     loss = -positive * F.logsigmoid(wide) - (1.0 - t) * F.logsigmoid(-wide)
     if weight is not None:
         loss = loss * weight.to(wide.dtype)
-    return reduced(loss, reduction).to(dtype)
-
-
-def reduced(losses: Tensor, reduction: str) -> Tensor:
-    """The losses, their sum or their mean."""
-    if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.mean()
+    return binary_losses.reduced(loss, reduction).to(dtype)
 
 
 def binary_cross_entropy_with_logits(
@@ -126,6 +119,11 @@ def _triton(x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor
     return fused(kernels.forward, kernels.backward, vjp(reference), (x, target, weight, pos_weight), options)
 
 
+def _compiled(x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, **options: Any) -> Tensor:
+    tensors = (x, target, weight, pos_weight)
+    return fused(binary_losses.forward, binary_losses.backward, vjp(reference), tensors, options)
+
+
 def _aten(
     x: Tensor,
     target: Tensor,
@@ -198,7 +196,7 @@ BINARY_CROSS_ENTROPY = Op(
     replaces="`F.binary_cross_entropy_with_logits`, with label smoothing",
     fn=binary_cross_entropy_with_logits,
     reference=reference,
-    impls={"triton": _triton},
+    impls={"triton": _triton, "compile": _compiled},
     inputs=_inputs,
     dims={"N": (0, 1, 2, 33, 129), "D": (0, 1, 31, 32, 33, 127, 257, 1025, 2049)},
     # A multi-label head of ImageNet-1k (ResNet strikes back), and of ImageNet-21k.

@@ -22,7 +22,7 @@ from .. import dispatch, sharding
 from ..autograd import fused, vjp
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks
-from .binary_cross_entropy import reduced
+from .binary_losses import reduced
 
 
 def reference(

@@ -19,8 +19,8 @@ from torch import Tensor
 from .. import dispatch, sharding
 from ..autograd import fused, vjp
 from ..op import Call, Draw, ErrorInput, Op, Traffic
-from . import checks
-from .binary_cross_entropy import reduced
+from . import binary_losses, checks
+from .binary_losses import reduced
 
 
 def reference(x: Tensor, target: Tensor, *, alpha: float | None, gamma: float, reduction: str) -> Tensor:
@@ -111,6 +111,10 @@ def _triton(x: Tensor, target: Tensor, **options: Any) -> Tensor:
     return fused(kernels.forward, kernels.backward, vjp(reference), (x, target), options)
 
 
+def _compiled(x: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return fused(binary_losses.forward, binary_losses.backward, vjp(reference), (x, target), options)
+
+
 def _aten(x: Tensor, target: Tensor, *, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "none") -> Tensor:
     target = target.to(torch.promote_types(x.dtype, target.dtype))
     p = torch.sigmoid(x)
@@ -152,7 +156,7 @@ SIGMOID_FOCAL_LOSS = Op(
     replaces="`torchvision.ops.sigmoid_focal_loss`",
     fn=sigmoid_focal_loss,
     reference=reference,
-    impls={"triton": _triton},
+    impls={"triton": _triton, "compile": _compiled},
     inputs=_inputs,
     dims={"N": (0, 1, 2, 33, 129), "D": (0, 1, 31, 32, 33, 127, 257, 1025, 2049)},
     # The anchors of RetinaNet on one image, and 300 queries of a DETR on 16, with the classes of COCO.
