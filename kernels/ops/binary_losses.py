@@ -32,19 +32,19 @@ def reduced(losses: Tensor, reduction: str) -> Tensor:
 
 
 def _losses(x: Tensor, target: Tensor, *weights: Tensor | None, reduction: str, **options: Any) -> Tensor:
-    loss, _ = _loss_and_slope(x, target, *weights, **options)
+    loss, _ = loss_and_slope(x, target, *weights, **options)
     return reduced(loss, reduction).to(torch.promote_types(x.dtype, target.dtype))
 
 
 def _gradient(
     grad: Tensor, x: Tensor, target: Tensor, *weights: Tensor | None, reduction: str, **options: Any
 ) -> Tensor:
-    _, slope = _loss_and_slope(x, target, *weights, **options)
+    _, slope = loss_and_slope(x, target, *weights, **options)
     grad = grad.to(slope.dtype)
     return (slope * (grad / x.numel() if reduction == "mean" else grad)).to(x.dtype)
 
 
-def _loss_and_slope(
+def loss_and_slope(
     x: Tensor,
     target: Tensor,
     weight: Tensor | None = None,

@@ -19,26 +19,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, sharding
-from ..autograd import fused, vjp
+from ..autograd import Gradients, fused, vjp
+from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks
-from .binary_losses import reduced
+from .binary_losses import loss_and_slope, reduced
 
 
 def reference(
     x: Tensor, target: Tensor, *, reduction: str, dice_weight: float, bce_weight: float, smooth: float
 ) -> Tensor:
     """Dice and binary cross-entropy in plain PyTorch: float32 (or wider) inside; pixels from dim 2 on, or dim 1."""
-    dtype = torch.promote_types(x.dtype, target.dtype)
-    wide = x.to(torch.promote_types(dtype, torch.float32)).flatten(_pixels(x))
-    t = target.to(wide.dtype).flatten(_pixels(x))
-    p = torch.sigmoid(wide)
-    top = 2.0 * (p * t).sum(-1) + smooth
-    bottom = p.sum(-1) + t.sum(-1) + smooth
+    h, t = _masks(x, target)
+    top, bottom = _overlap(h, t, smooth)
     loss = dice_weight * ((bottom - top) / bottom)
     if bce_weight:
-        loss = loss - bce_weight * (t * F.logsigmoid(wide) + (1.0 - t) * F.logsigmoid(-wide)).mean(-1)
-    return reduced(loss, reduction).to(dtype)
+        loss = loss - bce_weight * (t * F.logsigmoid(h) + (1.0 - t) * F.logsigmoid(-h)).mean(-1)
+    return reduced(loss, reduction).to(torch.promote_types(x.dtype, target.dtype))
+
+
+def _masks(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the pixels in one dim, in float32 or wider."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, target.dtype), torch.float32)
+    return x.to(dtype).flatten(_pixels(x)), target.to(dtype).flatten(_pixels(x))
+
+
+def _overlap(h: Tensor, t: Tensor, smooth: float) -> tuple[Tensor, Tensor]:
+    """The numerator and the denominator of Dice."""
+    p = torch.sigmoid(h)
+    return 2.0 * (p * t).sum(-1) + smooth, p.sum(-1) + t.sum(-1) + smooth
 
 
 def _pixels(x: Tensor) -> int:
@@ -146,6 +155,52 @@ def _triton(x: Tensor, target: Tensor, **options: Any) -> Tensor:
     return loss.view(lead) if options["reduction"] == "none" else loss
 
 
+def _compiled(x: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return fused(_compiled_forward, _compiled_backward, vjp(reference), (x, target), options)
+
+
+def _compiled_forward(x: Tensor, target: Tensor, **options: Any) -> Any:
+    loss, *overlap = compiled_call(_with_overlap, (x, target), options)
+    return loss, (x, target, *overlap)
+
+
+def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
+    return compiled_call(_gradient, (*grads, *saved), options), None
+
+
+def _with_overlap(
+    x: Tensor, target: Tensor, *, reduction: str, dice_weight: float, bce_weight: float, smooth: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    h, t = _masks(x, target)
+    top, bottom = _overlap(h, t, smooth)
+    loss = dice_weight * ((bottom - top) / bottom)
+    if bce_weight:
+        loss = loss + bce_weight * loss_and_slope(h, t)[0].mean(-1)
+    return reduced(loss, reduction).to(torch.promote_types(x.dtype, target.dtype)), top, bottom
+
+
+def _gradient(
+    grad: Tensor,
+    x: Tensor,
+    target: Tensor,
+    top: Tensor,
+    bottom: Tensor,
+    *,
+    reduction: str,
+    dice_weight: float,
+    bce_weight: float,
+    smooth: float,
+) -> Tensor:
+    """In closed form: autograd through the reference would add up the rows again."""
+    h, t = _masks(x, target)
+    top, bottom = top.unsqueeze(-1), bottom.unsqueeze(-1)
+    dx = dice_weight * ((top / bottom - 2.0 * t) / bottom) * (torch.sigmoid(h) * torch.sigmoid(-h))
+    if bce_weight:
+        dx = dx + bce_weight / h.shape[-1] * loss_and_slope(h, t)[1]
+    grad = (grad.unsqueeze(-1) if grad.dim() else grad).to(dx.dtype)
+    return (dx * (grad / top.numel() if reduction == "mean" else grad)).view(x.shape).to(x.dtype)
+
+
 def _aten(
     x: Tensor,
     target: Tensor,
@@ -196,7 +251,7 @@ DICE_BCE_LOSS = Op(
     replaces="MONAI's `DiceLoss(sigmoid=True)` plus `F.binary_cross_entropy_with_logits`",
     fn=dice_bce_loss,
     reference=reference,
-    impls={"triton": _triton},
+    impls={"triton": _triton, "compile": _compiled},
     inputs=_inputs,
     dims={"N": (0, 1, 2, 5), "K": (1, 3, 33), "S": (1, 31, 33, 129, 1024, 1025, 4097, 10_001)},
     # Binary masks of 512 × 512; the three regions of BraTS in a patch of 128³.
