@@ -13,9 +13,16 @@ from .ops.batch_norm import batch_norm_act as batch_norm_act
 from .ops.bias_act import BIAS_ACT
 from .ops.bias_act import BiasAct as BiasAct
 from .ops.bias_act import bias_act as bias_act
+from .ops.binary_cross_entropy import BINARY_CROSS_ENTROPY
+from .ops.binary_cross_entropy import BCEWithLogitsLoss as BCEWithLogitsLoss
+from .ops.binary_cross_entropy import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from .ops.cross_entropy import CROSS_ENTROPY
 from .ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from .ops.cross_entropy import cross_entropy as cross_entropy
+from .ops.dice_bce_loss import DICE_BCE_LOSS
+from .ops.dice_bce_loss import DiceBCELoss as DiceBCELoss
+from .ops.dice_bce_loss import dice_bce_loss as dice_bce_loss
+from .ops.dice_bce_loss import dice_loss as dice_loss
 from .ops.dropout import DROPOUT
 from .ops.dropout import Dropout as Dropout
 from .ops.dropout import dropout as dropout
@@ -97,6 +104,12 @@ from .ops.scale_add import SCALE_ADD
 from .ops.scale_add import DropPath as DropPath
 from .ops.scale_add import LayerScale as LayerScale
 from .ops.scale_add import scale_add as scale_add
+from .ops.sigmoid_focal_loss import SIGMOID_FOCAL_LOSS
+from .ops.sigmoid_focal_loss import SigmoidFocalLoss as SigmoidFocalLoss
+from .ops.sigmoid_focal_loss import sigmoid_focal_loss as sigmoid_focal_loss
+from .ops.soft_target_cross_entropy import SOFT_TARGET_CROSS_ENTROPY
+from .ops.soft_target_cross_entropy import SoftTargetCrossEntropy as SoftTargetCrossEntropy
+from .ops.soft_target_cross_entropy import soft_target_cross_entropy as soft_target_cross_entropy
 from .ops.softmax import SOFTMAX
 from .ops.softmax import Softmax as Softmax
 from .ops.softmax import softmax as softmax
@@ -108,7 +121,9 @@ OPS = (
     ADD_RMS_NORM,
     BATCH_NORM_ACT,
     BIAS_ACT,
+    BINARY_CROSS_ENTROPY,
     CROSS_ENTROPY,
+    DICE_BCE_LOSS,
     DROPOUT,
     DROPOUT_ADD,
     DYT,
@@ -132,5 +147,7 @@ OPS = (
     ROPE,
     ROPE_QKV,
     SCALE_ADD,
+    SIGMOID_FOCAL_LOSS,
     SOFTMAX,
+    SOFT_TARGET_CROSS_ENTROPY,
 )

@@ -163,10 +163,45 @@ MUTANTS = {
         "dot",
         "some below eps",
     ),
+    "the derivative of the focus forgotten": Mutant(
+        "sigmoid_focal_loss",
+        "binary_losses",
+        "slope = power * (slope + gamma * loss * (against - along) * rho * inverse)",
+        "slope = power * slope",
+    ),
+    "every row weighted as the first": Mutant(
+        "binary_cross_entropy_with_logits",
+        "binary_losses",
+        "at = (n % rows)[:, None] * columns",
+        "at = n[:, None] * 0",
+        "weighted, smoothed",
+    ),
+    "the first tile of each program only": Mutant(
+        "binary_cross_entropy_with_logits",
+        "binary_losses",
+        "tl.cdiv(N, BLOCK_N) * across, tl.num_programs(0)",
+        "tl.num_programs(0), tl.num_programs(0)",
+    ),
+    "a running gap that is not moved to the new maximum": Mutant(
+        "soft_target_cross_entropy", "soft_target_cross_entropy", "gap += (base - before) * mass + ", "gap += "
+    ),
+    "probabilities taken for a distribution": Mutant(
+        "soft_target_cross_entropy",
+        "soft_target_cross_entropy",
+        "* mass[:, None] - pull",
+        "- pull",
+        "weighted, smoothed, sum",
+    ),
+    "the first program of a mask only": Mutant(
+        "dice_bce_loss", "dice_bce_loss", "(p < P)[:, None] & (r < R)[None, :]", "(p < 1)[:, None] & (r < R)[None, :]"
+    ),
+    "the size of the masks taken for a constant": Mutant(
+        "dice_bce_loss", "dice_bce_loss", "out = (c[:, None] * t + e[:, None]) * slope", "out = c[:, None] * t * slope"
+    ),
 }
 
 #: A ragged block, more rows than one round of the persistent loop holds, and a row longer than one program does; more
-#: heads than a tile holds; rows and images with a ragged end. Each for the operators that have these dims.
+#: heads than a tile holds; rows, images and masks with a ragged end. Each for the operators that have these dims.
 DIMS = (
     {"N": 5, "D": 33},
     {"N": 129, "D": 129},
@@ -191,6 +226,10 @@ DIMS = (
     {"N": 3, "D": 8, "C": 4097},
     {"N": 5, "K": 2, "D": 33},
     {"N": 129, "K": 2, "D": 129},
+    {"N": 5, "C": 33},
+    {"N": 2, "C": 16_385},
+    {"N": 2, "K": 3, "S": 33},
+    {"N": 1, "K": 2, "S": 10_001},
 )
 
 

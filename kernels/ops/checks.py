@@ -100,6 +100,26 @@ def loss_options(
         raise ValueError(f"{name}: softcap must be positive, got {softcap}; None is no cap")
 
 
+def binary_targets(name: str, x: Tensor, target: Tensor) -> None:
+    """Raise unless target has the shape of x and real numbers."""
+    if target.is_complex():
+        raise TypeError(f"{name}: target must be real, probabilities or labels 0 and 1, got {target.dtype}")
+    like(name, x, target=target)
+
+
+def broadcastable(name: str, x: Tensor, **weights: Tensor | None) -> None:
+    """Raise unless every weight broadcasts to the shape of x."""
+    for label, weight in weights.items():
+        if weight is None:
+            continue
+        fits = all(size in (1, own) for size, own in zip(reversed(weight.shape), reversed(x.shape), strict=False))
+        if weight.dim() > x.dim() or not fits:
+            raise ValueError(
+                f"{name}: {label} must broadcast to x {tuple(x.shape)}, got {tuple(weight.shape)}; "
+                "a weight of each channel of images is (C, 1, 1)"
+            )
+
+
 def class_indices(name: str, target: Tensor, classes: int, ignore_index: int) -> None:
     """Raise if a target on the CPU is out of range. On a GPU the look would stall the stream."""
     if target.device.type != "cpu" or torch.compiler.is_compiling() or dispatch.seen_into([target]):

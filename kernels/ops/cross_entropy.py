@@ -26,6 +26,7 @@ from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 from . import checks
+from .soft_target_cross_entropy import soft_target_cross_entropy
 
 
 def reference(
@@ -97,7 +98,7 @@ def cross_entropy(
     Args:
         x: floating-point logits [C], [N, C] or [N, C, d1, …].
         target: integer class indices in [0, C) or ``ignore_index``: [], [N] or [N, d1, …]. Class probabilities like x
-            are handed to ``torch.nn.functional.cross_entropy``.
+            are handed to :func:`soft_target_cross_entropy`.
         weight: of each class, [C]; no gradient flows to it.
         ignore_index: target value that marks a position as ignored.
         reduction: "none", "mean" (weighted) or "sum".
@@ -111,13 +112,17 @@ def cross_entropy(
     Raises:
         TypeError: if x is not floating point, or target is boolean.
         ValueError: if shapes do not fit, an option is out of range, weight requires a gradient, or class probabilities
-            are combined with softcap or z_loss.
+            are combined with z_loss or an ``ignore_index``.
         IndexError: if a target on the CPU is out of range. On a GPU, where looking would stall the stream, the loss of
             such a position is NaN, and so is its gradient.
     """
-    if target.is_floating_point() and not (softcap is not None or z_loss):
-        return F.cross_entropy(
-            x, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    if target.is_floating_point() and not z_loss:
+        if ignore_index >= 0:
+            raise ValueError(
+                f"cross_entropy: class probabilities have no ignore_index, got {ignore_index}; leave it out"
+            )
+        return soft_target_cross_entropy(
+            x, target, weight, reduction=reduction, label_smoothing=label_smoothing, softcap=softcap
         )
     _check(x, target, weight)
     checks.loss_options("cross_entropy", reduction, label_smoothing, softcap, weight=weight)
@@ -172,8 +177,8 @@ def _check(x: Tensor, target: Tensor, weight: Tensor | None) -> None:
     checks.floating("cross_entropy", x=x)
     if target.is_floating_point():
         raise ValueError(
-            "cross_entropy: softcap and z_loss need class indices as target, got class probabilities "
-            f"({target.dtype}); leave them out, or pass integers"
+            "cross_entropy: z_loss needs class indices as target, got class probabilities "
+            f"({target.dtype}); leave it out, or pass integers"
         )
     if target.dtype == torch.bool or target.is_complex():
         raise TypeError(f"cross_entropy: target must be integers or probabilities, got {target.dtype}; target.long()?")
@@ -330,7 +335,8 @@ def _errors() -> Iterator[ErrorInput]:
     weight = torch.ones(8, requires_grad=True)
     yield ErrorInput(Call((x.long(), target)), TypeError, r"x must be a floating-point.*int64")
     yield ErrorInput(Call((x, target > 0)), TypeError, r"target must be integers or probabilities, got torch.bool")
-    yield ErrorInput(Call((x, x), {"z_loss": 1e-4}), ValueError, "need class indices as target")
+    yield ErrorInput(Call((x, x), {"z_loss": 1e-4}), ValueError, "z_loss needs class indices as target")
+    yield ErrorInput(Call((x, x), {"ignore_index": 0}), ValueError, "probabilities have no ignore_index, got 0")
     yield ErrorInput(Call((torch.tensor(1.0), target)), ValueError, "dimension of classes, got a scalar")
     yield ErrorInput(Call((x, target[:1])), ValueError, r"target must have the shape.*\(2,\), got \(1,\)")
     yield ErrorInput(Call((x, target, torch.ones(7))), ValueError, r"weight must have one.*\(8,\), got \(7,\)")

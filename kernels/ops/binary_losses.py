@@ -1,0 +1,80 @@
+"""Binary cross-entropy and focal loss on the CPU, in the closed form of their kernels (``triton/binary_losses.py``).
+
+The references take two logarithms of a sigmoid, and autograd two more: four exponentials an element where one will do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autograd import Gradients
+from ..compiled import compiled_call
+
+
+def forward(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Any]:
+    """The losses of x, target and two weights, or their sum or mean."""
+    return compiled_call(_losses, tensors, options), tensors
+
+
+def backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
+    """The gradient of x; None for the others."""
+    return compiled_call(_gradient, (*grads, *saved), options), *[None] * (len(needs) - 1)
+
+
+def reduced(losses: Tensor, reduction: str) -> Tensor:
+    """The losses, their sum or their mean."""
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.mean()
+
+
+def _losses(x: Tensor, target: Tensor, *weights: Tensor | None, reduction: str, **options: Any) -> Tensor:
+    loss, _ = loss_and_slope(x, target, *weights, **options)
+    return reduced(loss, reduction).to(torch.promote_types(x.dtype, target.dtype))
+
+
+def _gradient(
+    grad: Tensor, x: Tensor, target: Tensor, *weights: Tensor | None, reduction: str, **options: Any
+) -> Tensor:
+    _, slope = loss_and_slope(x, target, *weights, **options)
+    grad = grad.to(slope.dtype)
+    return (slope * (grad / x.numel() if reduction == "mean" else grad)).to(x.dtype)
+
+
+def loss_and_slope(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    *,
+    alpha: float | None = None,
+    gamma: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each element and its derivative, with the names of the kernels."""
+    h = x.to(torch.promote_types(torch.promote_types(x.dtype, target.dtype), torch.float32))
+    t = target.to(h.dtype)
+    if label_smoothing:
+        t = t * (1.0 - label_smoothing) + 0.5 * label_smoothing
+    u = t if pos_weight is None else t * pos_weight.to(h.dtype)
+    v = 1.0 - t
+    z = torch.exp(-h.abs())
+    inverse = 1.0 / (1.0 + z)
+    against, along = torch.where(h >= 0.0, v, u), torch.where(h >= 0.0, u, v)
+    loss = against * h.abs() + (against + along) * torch.log1p(z)
+    slope = (against - along * z) * inverse
+    if gamma:
+        wrong = against + along * z
+        right = against == 0.0
+        rho = torch.where(right, 1.0, z / torch.where(right, 1.0, wrong))
+        power = (wrong * inverse) ** gamma
+        slope = power * (slope + gamma * loss * (against - along) * rho * inverse)
+        loss = loss * power
+    slope = torch.where(h >= 0.0, slope, -slope)
+    scale = None if weight is None else weight.to(h.dtype)
+    if alpha is not None:
+        scale = alpha * t + (1.0 - alpha) * v
+    return (loss, slope) if scale is None else (loss * scale, slope * scale)
