@@ -1,0 +1,362 @@
+"""Logits that are computed only if somebody looks at them.
+
+A language model's head returns :class:`DeferredLogits`, which hold its operands. The steps on the way to a loss (casts,
+views, shifts, a scale, a soft cap) are noted, and cross-entropy of what they give runs ``linear_cross_entropy``: no
+logits in memory. Anything else computes the ordinary tensor, by the very calls that were noted, and goes on with it.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ..ops.autocast import autocast_operands, autocasting, without_autocast
+from ..ops.cross_entropy import cross_entropy
+from ..ops.linear_cross_entropy import linear_cross_entropy
+
+Call = Callable[[Tensor], Tensor]
+
+
+def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear(hidden, weight, bias)``, not computed yet. Gradients must be enabled, and wanted of some operand."""
+    operands = autocast_operands(hidden, weight, bias)
+    shape = (*hidden.shape[:-1], len(weight))
+    like = torch.empty(shape, dtype=operands[0].dtype, device="meta")
+    head = Head(operands)
+    return _tensor(Logits(head, like, Form(head.operands[0], len(shape) - 1)))
+
+
+class Form(NamedTuple):
+    """What a loss needs to know: the logits are scale·x or, with a cap, cap·tanh(scale·x), where x = hidden·Wᵀ + b."""
+
+    hidden: Tensor  #: [*rest, D], where rest are the dims of the logits without the classes
+    classes: int  #: the dim of the logits that the classes are
+    scale: float = 1.0
+    cap: float | None = None
+
+
+class Head:
+    """The operands of the linear layer when it ran, and all that was derived from its logits and is still there."""
+
+    def __init__(self, operands: Sequence[Tensor | None]) -> None:
+        # Aliases: from them a gradient does not flow on into the history of hidden, where a tied weight is, too.
+        self.operands: list[Any] = [t if t is None else t.view_as(t) for t in operands]
+        self.versions = [None if t is None else t._version for t in self.operands]
+        self.family: weakref.WeakSet[Logits] = weakref.WeakSet()
+
+    def checked(self) -> list[Any]:
+        """The operands, if they are still what they were.
+
+        Raises:
+            RuntimeError: if one was written to, or its memory was freed.
+        """
+        for name, tensor, version in zip(("input", "weight", "bias"), self.operands, self.versions, strict=True):
+            if tensor is not None and tensor._version != version:
+                raise RuntimeError(
+                    f"deferred logits: the head's {name} must be what it was when the head ran, but was changed in "
+                    "place since, by an optimizer's step perhaps; use the logits before that, or leave the head as it "
+                    'is: fuse(model, skip=["linear_cross_entropy"])'
+                )
+            if tensor is not None and tensor.numel() and not tensor.is_meta and not tensor.untyped_storage().nbytes():
+                raise RuntimeError(
+                    f"deferred logits: the head's {name} must be in memory, but was freed since the head ran (FSDP "
+                    "does that); compute the loss in the forward of the module that it shards, or leave the head as it "
+                    'is: fuse(model, skip=["linear_cross_entropy"])'
+                )
+        return self.operands
+
+
+class Logits:
+    """What one :class:`DeferredLogits` stands for: a form for the loss, and a step from other logits for the rest.
+
+    ``like`` is a meta tensor of the same shape, strides and dtype.
+    """
+
+    def __init__(
+        self, head: Head, like: Tensor, form: Form, before: Logits | None = None, step: Call | None = None
+    ) -> None:
+        self.head, self.like, self.form = head, like, form
+        self.before, self.step = before, step
+        self.value: Tensor | None = None
+        head.family.add(self)
+
+    def computed(self) -> Tensor:
+        """The ordinary tensor, with its history.
+
+        The whole family is computed at once, so that whoever then writes to a tensor reaches the views of it, and not
+        the copies, as ever.
+        """
+        if self.value is None:
+            device = self.form.hidden.device.type
+            with torch.inference_mode(False), torch.enable_grad(), without_autocast(device):
+                for logits in tuple(self.head.family):
+                    logits._compute()
+        assert self.value is not None
+        return self.value
+
+    def _compute(self) -> Tensor:
+        if self.value is None:
+            if self.before is None or self.step is None:
+                self.value = F.linear(*self.head.checked())
+            else:
+                self.value = self.step(self.before._compute())
+                self.before = self.step = None
+        return self.value
+
+    def gradients(self, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+        """Of the operands, for a function that autograd recorded and that no ``__torch_function__`` saw."""
+        wanted = [t for t, need in zip(self.head.operands, needs, strict=True) if need]
+        with torch.inference_mode(False):
+            found = iter(
+                torch.autograd.grad(
+                    self.computed(), wanted, grad, retain_graph=True, create_graph=torch.is_grad_enabled()
+                )
+            )
+        return [next(found) if need else None for need in needs]
+
+
+class DeferredLogits(Tensor):
+    """Looks like the logits; computes them when something other than a step towards a loss is done with it."""
+
+    _logits: Logits
+
+    @staticmethod
+    def __new__(cls: type[DeferredLogits], logits: Logits) -> DeferredLogits:
+        """A tensor with no memory."""
+        like = logits.like
+        tensor: DeferredLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            like.shape,
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=like.dtype,
+            device=logits.form.hidden.device,
+        )
+        tensor._logits = logits
+        return tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note a step, run a loss, or compute the logits and call ``func`` with them."""
+        kwargs = kwargs or {}
+        first = args[0] if args and isinstance(args[0], cls) else None
+        if first is not None and first._logits.value is None:
+            if func in _METADATA:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+            found = _without_logits(first, func, args[1:], kwargs)
+            if found is not None:
+                return found
+        args, kwargs = tree_map_only(cls, lambda t: t._logits.computed(), (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What did not come by ``__torch_function__`` (an ``autograd.Function``, say) has been recorded already."""
+        args, kwargs = tree_map_only(cls, lambda t: t._logits.computed().detach(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class _Defer(torch.autograd.Function):
+    """Makes deferred logits a function of their operands, so that autograd never loses them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Logits, *operands: Tensor | None) -> DeferredLogits:
+        ctx.set_materialize_grads(False)
+        ctx.logits = logits
+        return DeferredLogits(logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        needs = ctx.needs_input_grad[1:]
+        return None, *([None] * len(needs) if grad is None else ctx.logits.gradients(grad, needs))
+
+
+def _tensor(logits: Logits) -> Tensor:
+    tensor: Tensor = _Defer.apply(logits, *logits.head.operands)
+    return tensor
+
+
+def _without_logits(tensor: DeferredLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What ``func`` returns, deferred or a loss; None if it needs the logits."""
+    logits = tensor._logits
+    if func in _LOSSES:
+        return _loss(logits, *args, **kwargs)
+    follow = _STEPS.get(func)
+    # Inside an autograd.Function, for one, gradients are off, and what is derived there has no history.
+    if follow is None or not torch.is_grad_enabled():
+        return None
+    followed = follow(logits.form, logits.like, lambda like: func(like, *args, **kwargs), *args, **kwargs)
+    if followed is None:
+        return None
+    like, form = followed
+    if like is logits.like:
+        return tensor
+    return _tensor(Logits(logits.head, like, form, logits, lambda value: func(value, *args, **kwargs)))
+
+
+# ---- Steps: (form, like, the call for another tensor, *arguments) -> what they are afterwards; None if not deferred.
+
+Followed = tuple[Tensor, Form] | None
+
+
+def _cast(form: Form, like: Tensor, call: Call, *args: Any, **kwargs: Any) -> Followed:
+    """To float32: ``linear_cross_entropy`` computes in it what it multiplied in half precision."""
+    if any(type(argument) is not torch.dtype for argument in (*args, *kwargs.values())):
+        return None
+    after = call(like)
+    widened = like.element_size() == 2 and after.dtype == torch.float32
+    return (after, form) if widened or after.dtype == like.dtype else None
+
+
+def _contiguous(form: Form, like: Tensor, call: Call, **kwargs: Any) -> Followed:
+    """A copy or none: the same numbers."""
+    return (call(like), form) if not kwargs else None
+
+
+def _view(form: Form, like: Tensor, call: Call, *args: Any, **kwargs: Any) -> Followed:
+    """The elements in their order: where the last dim stays what it is, the others of hidden are viewed likewise."""
+    after = call(like)
+    if form.classes != like.dim() - 1 or after.shape[-1:] != like.shape[-1:] or after.dtype != like.dtype:
+        return None
+    hidden = form.hidden.reshape(*after.shape[:-1], form.hidden.shape[-1])
+    return after, form._replace(hidden=hidden, classes=after.dim() - 1)
+
+
+def _permute(form: Form, like: Tensor, call: Call, *args: Any, **kwargs: Any) -> Followed:
+    """Dims change places: which, a tensor tells whose sizes are all different."""
+    order = [size - 1 for size in call(torch.empty(*range(1, like.dim() + 1), device="meta")).shape]
+    rest = [dim - (dim > form.classes) for dim in order if dim != form.classes]
+    return call(like), form._replace(hidden=form.hidden.permute(*rest, -1), classes=order.index(form.classes))
+
+
+def _index(form: Form, like: Tensor, call: Call, index: Any) -> Followed:
+    """Integers and slices, of any dims but the classes."""
+    items = index if isinstance(index, tuple) else (index,)
+    if not items or not all(map(_basic, items)) or form.classes != like.dim() - 1:
+        return None
+    indexed = sum(item is not None and item is not Ellipsis for item in items)
+    reaches_classes = Ellipsis in items[:-1] or indexed == like.dim()
+    if reaches_classes and items[-1] != slice(None):
+        return None
+    after = call(like)
+    return after, form._replace(hidden=form.hidden[index], classes=after.dim() - 1)
+
+
+def _basic(item: Any) -> bool:
+    if isinstance(item, slice):
+        return all(bound is None or type(bound) is int for bound in (item.start, item.stop, item.step))
+    return item is None or item is Ellipsis or type(item) is int
+
+
+def _times(form: Form, like: Tensor, call: Call, *args: Any, inverse: bool = False, **kwargs: Any) -> Followed:
+    """A number, positive after a cap."""
+    number = args[0] if len(args) == 1 and not kwargs else None
+    if type(number) not in (int, float) or not math.isfinite(number) or number == 0:
+        return None
+    factor = 1 / number if inverse else number
+    if form.cap is None:
+        return call(like), form._replace(scale=form.scale * factor)
+    return (call(like), form._replace(cap=form.cap * factor)) if factor > 0 else None
+
+
+def _over(form: Form, like: Tensor, call: Call, *args: Any, **kwargs: Any) -> Followed:
+    """Likewise."""
+    return _times(form, like, call, *args, inverse=True, **kwargs)
+
+
+def _tanh(form: Form, like: Tensor, call: Call, **kwargs: Any) -> Followed:
+    """The soft cap x ↦ cap·tanh(x / cap), whose cap follows."""
+    return (call(like), form._replace(cap=1.0)) if form.cap is None and not kwargs else None
+
+
+def _named(*names: str) -> list[Any]:
+    """Methods and functions of these names."""
+    return [getattr(home, name) for name in names for home in (Tensor, torch) if hasattr(home, name)]
+
+
+_STEPS: dict[Any, Callable[..., Followed]] = {
+    **dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.to), _cast),
+    Tensor.contiguous: _contiguous,
+    **dict.fromkeys(_named("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _view),
+    **dict.fromkeys(_named("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis"), _permute),
+    Tensor.mT.__get__: _permute,  # type: ignore[attr-defined]
+    Tensor.__getitem__: _index,
+    **dict.fromkeys(_named("mul", "multiply", "__mul__", "__rmul__"), _times),
+    **dict.fromkeys(_named("div", "divide", "true_divide", "__truediv__"), _over),
+    **dict.fromkeys(_named("tanh"), _tanh),
+}
+
+
+# ---- The loss.
+
+_LOSSES = frozenset({F.cross_entropy, cross_entropy})
+
+
+def _loss(
+    logits: Logits,
+    target: Any,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> Tensor | None:
+    """The cross-entropy, by torch's signature or by braze's; None if it needs the logits."""
+    form, like = logits.form, logits.like
+    hidden, head_weight, bias = logits.head.operands
+    factor = form.scale if form.cap is None else form.scale * form.cap
+    if (
+        type(target) is not Tensor
+        or target.dtype != torch.int64
+        or target.shape != form.hidden.shape[:-1]
+        or form.classes != min(like.dim() - 1, 1)
+        or (weight is not None and weight.requires_grad)
+        or not (size_average is None and reduce is None)
+        or (softcap is not None and form.cap is not None)
+        or (factor != 1.0 and hidden.dtype == torch.float16)  # a scaled input might overflow
+    ):
+        return None
+    logits.head.checked()
+    hidden = form.hidden
+    if factor != 1.0:
+        hidden, bias = hidden * factor, None if bias is None else bias * factor
+    dtype = torch.promote_types(like.dtype, torch.float32) if autocasting(hidden.device.type) else like.dtype
+    # The head ran in the dtype of its operands, whatever holds where the loss is.
+    with without_autocast(hidden.device.type):
+        return linear_cross_entropy(
+            hidden,
+            head_weight,
+            target,
+            bias,
+            class_weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            softcap=form.cap if softcap is None else softcap,
+            z_loss=z_loss,
+            dtype=dtype,
+        )
+
+
+# ---- What the tensor itself answers.
+
+_PROPERTIES = (
+    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn", "itemsize", "nbytes",
+    "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta", "is_sparse", "is_quantized", "is_nested",
+)  # fmt: skip
+_METHODS = (
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size",
+    "get_device", "__len__", "is_floating_point", "is_complex", "is_signed",
+)  # fmt: skip
+_METADATA = frozenset([getattr(Tensor, name).__get__ for name in _PROPERTIES] + _named(*_METHODS))
