@@ -7,21 +7,24 @@ logits in memory. Anything else computes the ordinary tensor, by the very calls 
 
 from __future__ import annotations
 
-import math
+import functools
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from ..ops.autocast import autocast_operands, autocasting, without_autocast
 from ..ops.cross_entropy import cross_entropy
 from ..ops.linear_cross_entropy import linear_cross_entropy
+from .logit_steps import STEPS, Call, Form, named
 
-Call = Callable[[Tensor], Tensor]
+Hook = Callable[[Tensor], "Tensor | None"]
 
 
 def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -31,15 +34,6 @@ def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     like = torch.empty(shape, dtype=operands[0].dtype, device="meta")
     head = Head(operands)
     return _tensor(Logits(head, like, Form(head.operands[0], len(shape) - 1)))
-
-
-class Form(NamedTuple):
-    """What a loss needs to know: the logits are scale·x or, with a cap, cap·tanh(scale·x), where x = hidden·Wᵀ + b."""
-
-    hidden: Tensor  #: [*rest, D], where rest are the dims of the logits without the classes
-    classes: int  #: the dim of the logits that the classes are
-    scale: float = 1.0
-    cap: float | None = None
 
 
 class Head:
@@ -85,6 +79,7 @@ class Logits:
         self.head, self.like, self.form = head, like, form
         self.before, self.step = before, step
         self.value: Tensor | None = None
+        self.hooks: OrderedDict[int, Hook] = OrderedDict()
         head.family.add(self)
 
     def computed(self) -> Tensor:
@@ -108,7 +103,15 @@ class Logits:
             else:
                 self.value = self.step(self.before._compute())
                 self.before = self.step = None
+            if self.hooks:
+                self.value.register_hook(functools.partial(_run_hooks, self.hooks))
         return self.value
+
+    def hook(self, hook: Hook) -> RemovableHandle:
+        """Run ``hook`` on the gradient of the logits: FSDP sets one on all that a model returns, after the loss."""
+        handle = RemovableHandle(self.hooks)
+        self.hooks[handle.id] = hook
+        return handle
 
     def gradients(self, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
         """Of the operands, for a function that autograd recorded and that no ``__torch_function__`` saw."""
@@ -148,6 +151,8 @@ class DeferredLogits(Tensor):
         kwargs = kwargs or {}
         first = args[0] if args and isinstance(args[0], cls) else None
         if first is not None and first._logits.value is None:
+            if func is Tensor.register_hook:
+                return first._logits.hook(*args[1:], **kwargs)
             if func in _METADATA:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
@@ -179,6 +184,13 @@ class _Defer(torch.autograd.Function):
         return None, *([None] * len(needs) if grad is None else ctx.logits.gradients(grad, needs))
 
 
+def _run_hooks(hooks: OrderedDict[int, Hook], grad: Tensor) -> Tensor:
+    for hook in tuple(hooks.values()):
+        found = hook(grad)
+        grad = grad if found is None else found
+    return grad
+
+
 def _tensor(logits: Logits) -> Tensor:
     tensor: Tensor = _Defer.apply(logits, *logits.head.operands)
     return tensor
@@ -189,7 +201,7 @@ def _without_logits(tensor: DeferredLogits, func: Any, args: tuple[Any, ...], kw
     logits = tensor._logits
     if func in _LOSSES:
         return _loss(logits, *args, **kwargs)
-    follow = _STEPS.get(func)
+    follow = STEPS.get(func)
     # Inside an autograd.Function, for one, gradients are off, and what is derived there has no history.
     if follow is None or not torch.is_grad_enabled():
         return None
@@ -200,99 +212,6 @@ def _without_logits(tensor: DeferredLogits, func: Any, args: tuple[Any, ...], kw
     if like is logits.like:
         return tensor
     return _tensor(Logits(logits.head, like, form, logits, lambda value: func(value, *args, **kwargs)))
-
-
-# ---- Steps: (form, like, the call for another tensor, *arguments) -> what they are afterwards; None if not deferred.
-
-Followed = tuple[Tensor, Form] | None
-
-
-def _cast(form: Form, like: Tensor, call: Call, *args: Any, **kwargs: Any) -> Followed:
-    """To float32: ``linear_cross_entropy`` computes in it what it multiplied in half precision."""
-    if any(type(argument) is not torch.dtype for argument in (*args, *kwargs.values())):
-        return None
-    after = call(like)
-    widened = like.element_size() == 2 and after.dtype == torch.float32
-    return (after, form) if widened or after.dtype == like.dtype else None
-
-
-def _contiguous(form: Form, like: Tensor, call: Call, **kwargs: Any) -> Followed:
-    """A copy or none: the same numbers."""
-    return (call(like), form) if not kwargs else None
-
-
-def _view(form: Form, like: Tensor, call: Call, *args: Any, **kwargs: Any) -> Followed:
-    """The elements in their order: where the last dim stays what it is, the others of hidden are viewed likewise."""
-    after = call(like)
-    if form.classes != like.dim() - 1 or after.shape[-1:] != like.shape[-1:] or after.dtype != like.dtype:
-        return None
-    hidden = form.hidden.reshape(*after.shape[:-1], form.hidden.shape[-1])
-    return after, form._replace(hidden=hidden, classes=after.dim() - 1)
-
-
-def _permute(form: Form, like: Tensor, call: Call, *args: Any, **kwargs: Any) -> Followed:
-    """Dims change places: which, a tensor tells whose sizes are all different."""
-    order = [size - 1 for size in call(torch.empty(*range(1, like.dim() + 1), device="meta")).shape]
-    rest = [dim - (dim > form.classes) for dim in order if dim != form.classes]
-    return call(like), form._replace(hidden=form.hidden.permute(*rest, -1), classes=order.index(form.classes))
-
-
-def _index(form: Form, like: Tensor, call: Call, index: Any) -> Followed:
-    """Integers and slices, of any dims but the classes."""
-    items = index if isinstance(index, tuple) else (index,)
-    if not items or not all(map(_basic, items)) or form.classes != like.dim() - 1:
-        return None
-    indexed = sum(item is not None and item is not Ellipsis for item in items)
-    reaches_classes = Ellipsis in items[:-1] or indexed == like.dim()
-    if reaches_classes and items[-1] != slice(None):
-        return None
-    after = call(like)
-    return after, form._replace(hidden=form.hidden[index], classes=after.dim() - 1)
-
-
-def _basic(item: Any) -> bool:
-    if isinstance(item, slice):
-        return all(bound is None or type(bound) is int for bound in (item.start, item.stop, item.step))
-    return item is None or item is Ellipsis or type(item) is int
-
-
-def _times(form: Form, like: Tensor, call: Call, *args: Any, inverse: bool = False, **kwargs: Any) -> Followed:
-    """A number, positive after a cap."""
-    number = args[0] if len(args) == 1 and not kwargs else None
-    if type(number) not in (int, float) or not math.isfinite(number) or number == 0:
-        return None
-    factor = 1 / number if inverse else number
-    if form.cap is None:
-        return call(like), form._replace(scale=form.scale * factor)
-    return (call(like), form._replace(cap=form.cap * factor)) if factor > 0 else None
-
-
-def _over(form: Form, like: Tensor, call: Call, *args: Any, **kwargs: Any) -> Followed:
-    """Likewise."""
-    return _times(form, like, call, *args, inverse=True, **kwargs)
-
-
-def _tanh(form: Form, like: Tensor, call: Call, **kwargs: Any) -> Followed:
-    """The soft cap x ↦ cap·tanh(x / cap), whose cap follows."""
-    return (call(like), form._replace(cap=1.0)) if form.cap is None and not kwargs else None
-
-
-def _named(*names: str) -> list[Any]:
-    """Methods and functions of these names."""
-    return [getattr(home, name) for name in names for home in (Tensor, torch) if hasattr(home, name)]
-
-
-_STEPS: dict[Any, Callable[..., Followed]] = {
-    **dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.to), _cast),
-    Tensor.contiguous: _contiguous,
-    **dict.fromkeys(_named("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _view),
-    **dict.fromkeys(_named("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis"), _permute),
-    Tensor.mT.__get__: _permute,  # type: ignore[attr-defined]
-    Tensor.__getitem__: _index,
-    **dict.fromkeys(_named("mul", "multiply", "__mul__", "__rmul__"), _times),
-    **dict.fromkeys(_named("div", "divide", "true_divide", "__truediv__"), _over),
-    **dict.fromkeys(_named("tanh"), _tanh),
-}
 
 
 # ---- The loss.
@@ -325,6 +244,7 @@ def _loss(
         or not (size_average is None and reduce is None)
         or (softcap is not None and form.cap is not None)
         or (factor != 1.0 and hidden.dtype == torch.float16)  # a scaled input might overflow
+        or any(one.hooks for one in logits.head.family)  # without logits they have no gradient
     ):
         return None
     logits.head.checked()
@@ -353,10 +273,10 @@ def _loss(
 
 _PROPERTIES = (
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn", "itemsize", "nbytes",
-    "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta", "is_sparse", "is_quantized", "is_nested",
+    "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta", "is_sparse", "is_quantized", "is_nested", "_base",
 )  # fmt: skip
 _METHODS = (
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size",
     "get_device", "__len__", "is_floating_point", "is_complex", "is_signed",
 )  # fmt: skip
-_METADATA = frozenset([getattr(Tensor, name).__get__ for name in _PROPERTIES] + _named(*_METHODS))
+_METADATA = frozenset([getattr(Tensor, name).__get__ for name in _PROPERTIES] + named(*_METHODS))
