@@ -324,6 +324,7 @@ def test_unfuse_gives_the_ordinary_head_back():
 
 def test_a_parametrized_head_is_left():
     model = gpt()
+    model.get_output_embeddings = lambda: model.head
     nn.utils.parametrizations.weight_norm(model.head)
     (record,) = fuse(model)
     assert (record.status, record.reason) == ("left", "it is parametrized")
@@ -450,8 +451,8 @@ def test_everything_else_is_done_with_the_ordinary_tensor(function, pair):
     assert torch.equal(got, expected)
     assert got.requires_grad == expected.requires_grad
     if got.requires_grad and got.is_floating_point():
-        for ours, theirs in zip(*(gradients(y.sum(), tensors) for y in (got, expected)), strict=True):
-            assert torch.equal(ours, theirs)
+        both = [gradients(y.sum(), tensors) for y in (got, expected)]
+        torch.testing.assert_close(*both, rtol=0, atol=0, equal_nan=True)
 
 
 @given(st.lists(st.sampled_from([*STEPS, *OTHERS]), min_size=1, max_size=6), st.booleans(), st.sampled_from(["f", "b"]))
@@ -715,9 +716,9 @@ def test_freed_operands_are_refused():
 def test_steps_without_gradients_are_those_of_the_ordinary_tensor(pair):
     deferred, ordinary, tensors = pair
     with torch.no_grad():
-        flat = deferred.view(-1, C)
+        flat, expected = deferred.view(-1, C), ordinary.view(-1, C)
         assert type(flat) is torch.Tensor
-        assert not flat.requires_grad
+        assert (flat.requires_grad, flat.grad_fn) == (expected.requires_grad, expected.grad_fn)
         loss = F.cross_entropy(defer(*tensors).transpose(1, 2), targets(B, S))
         assert not loss.requires_grad
     with torch.inference_mode():

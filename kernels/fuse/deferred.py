@@ -8,6 +8,7 @@ logits in memory. Anything else computes the ordinary tensor, by the very calls 
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -29,6 +30,10 @@ Hook = Callable[[Tensor], "Tensor | None"]
 
 def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(hidden, weight, bias)``, not computed yet. Gradients must be enabled, and wanted of some operand."""
+    global _handle
+    if _handle is _call and "torch._dynamo" in sys.modules:
+        # Code that was compiled leaves these tensors to Python; Dynamo would go on to trace what that does.
+        _handle = torch.compiler.disable(_call)
     operands = autocast_operands(hidden, weight, bias)
     shape = (*hidden.shape[:-1], len(weight))
     like = torch.empty(shape, dtype=operands[0].dtype, device="meta")
@@ -148,19 +153,7 @@ class DeferredLogits(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note a step, run a loss, or compute the logits and call ``func`` with them."""
-        kwargs = kwargs or {}
-        first = args[0] if args and isinstance(args[0], cls) else None
-        if first is not None and first._logits.value is None:
-            if func is Tensor.register_hook:
-                return first._logits.hook(*args[1:], **kwargs)
-            if func in _METADATA:
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
-            found = _without_logits(first, func, args[1:], kwargs)
-            if found is not None:
-                return found
-        args, kwargs = tree_map_only(cls, lambda t: t._logits.computed(), (args, kwargs))
-        return func(*args, **kwargs)
+        return _handle(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -184,6 +177,24 @@ class _Defer(torch.autograd.Function):
         return None, *([None] * len(needs) if grad is None else ctx.logits.gradients(grad, needs))
 
 
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    first = args[0]._logits if args and isinstance(args[0], DeferredLogits) else None
+    if first is not None and first.value is None:
+        if func is Tensor.register_hook:
+            return first.hook(*args[1:], **kwargs)
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        found = _loss(first, *args[1:], **kwargs) if func in _LOSSES else _step(args[0], func, args[1:], kwargs)
+        if found is not None:
+            return found
+    args, kwargs = tree_map_only(DeferredLogits, lambda t: t._logits.computed(), (args, kwargs))
+    return func(*args, **kwargs)
+
+
+_handle = _call
+
+
 def _run_hooks(hooks: OrderedDict[int, Hook], grad: Tensor) -> Tensor:
     for hook in tuple(hooks.values()):
         found = hook(grad)
@@ -196,12 +207,9 @@ def _tensor(logits: Logits) -> Tensor:
     return tensor
 
 
-def _without_logits(tensor: DeferredLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """What ``func`` returns, deferred or a loss; None if it needs the logits."""
-    logits = tensor._logits
-    if func in _LOSSES:
-        return _loss(logits, *args, **kwargs)
-    follow = STEPS.get(func)
+def _step(tensor: DeferredLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What ``func`` returns, if that can be deferred; None if not."""
+    logits, follow = tensor._logits, STEPS.get(func)
     # Inside an autograd.Function, for one, gradients are off, and what is derived there has no history.
     if follow is None or not torch.is_grad_enabled():
         return None
