@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from braze.kernels import cross_entropy, fuse, unfuse, use_backend
+from braze.kernels.fuse import heads
 from braze.kernels.fuse.deferred import DeferredLogits, defer
 from braze.kernels.fuse.sample import Exactly
 from braze.kernels.ops import head_chunks
@@ -20,6 +21,11 @@ from braze.kernels.ops import head_chunks
 transformers = pytest.importorskip("transformers")
 
 B, S, D, C = 2, 6, 8, 40
+
+
+@pytest.fixture(autouse=True)
+def however_small(monkeypatch):
+    monkeypatch.setattr(heads, "SMALLEST", 0)
 
 
 def is_deferred(tensor):
@@ -312,6 +318,14 @@ def test_the_report_says_where_logits_are_not_deferred():
     assert "torch.compile" in record.reason
     assert "no_grad" in str(report)
     assert 0 <= record.check.error <= record.check.budget
+
+
+def test_small_logits_are_computed_as_ever(monkeypatch):
+    monkeypatch.setattr(heads, "SMALLEST", 4 * 2 * S * C)
+    model = gpt()
+    fuse(model)
+    assert is_deferred(model(tokens()))
+    assert type(model(tokens(length=S - 1))) is torch.Tensor
 
 
 def test_unfuse_gives_the_ordinary_head_back():

@@ -66,8 +66,8 @@ class Head:
             if tensor is not None and tensor.numel() and not tensor.is_meta and not tensor.untyped_storage().nbytes():
                 raise RuntimeError(
                     f"deferred logits: the head's {name} must be in memory, but was freed since the head ran (FSDP "
-                    "does that); compute the loss in the forward of the module that it shards, or leave the head as it "
-                    'is: fuse(model, skip=["linear_cross_entropy"])'
+                    "does that after the backward pass, or after the forward); use the logits before that, or leave "
+                    'the head as it is: fuse(model, skip=["linear_cross_entropy"])'
                 )
         return self.operands
 
@@ -139,7 +139,7 @@ class DeferredLogits(Tensor):
     def __new__(cls: type[DeferredLogits], logits: Logits) -> DeferredLogits:
         """A tensor with no memory."""
         like = logits.like
-        tensor: DeferredLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        tensor: DeferredLogits = Tensor._make_wrapper_subclass(
             cls,
             like.shape,
             strides=like.stride(),
@@ -156,7 +156,7 @@ class DeferredLogits(Tensor):
         return _handle(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """What did not come by ``__torch_function__`` (an ``autograd.Function``, say) has been recorded already."""
         args, kwargs = tree_map_only(cls, lambda t: t._logits.computed().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)

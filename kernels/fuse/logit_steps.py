@@ -79,7 +79,7 @@ def _basic(item: Any) -> bool:
 
 def _times(form: Form, like: Tensor, call: Call, *args: Any, inverse: bool = False, **kwargs: Any) -> Followed:
     """A number, positive after a cap."""
-    number = args[0] if len(args) == 1 and not kwargs else None
+    number: Any = args[0] if len(args) == 1 and not kwargs else None
     if type(number) not in (int, float) or not math.isfinite(number) or number == 0:
         return None
     factor = 1 / number if inverse else number
