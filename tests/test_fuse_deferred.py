@@ -650,6 +650,32 @@ def test_hooks_and_retained_gradients_see_what_is_computed_after_them(pair):
     assert all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:], strict=True))
 
 
+def test_a_hook_keeps_the_logits_until_it_is_removed(pair, losses):
+    deferred, ordinary, tensors = pair
+    target, seen = targets(B * S), []
+    handle = deferred.register_hook(lambda grad: seen.append(grad) or 2 * grad)
+    assert is_deferred(deferred)
+    flat = deferred.view(-1, C)
+    handle.remove()
+    F.cross_entropy(flat, target)
+    assert len(losses) == 1
+    deferred.register_hook(lambda grad: seen.append(grad) or 2 * grad)
+    ours = gradients(F.cross_entropy(flat, target), tensors)
+    theirs = gradients(2 * F.cross_entropy(ordinary.view(-1, C), target), tensors)
+    assert len(losses) == len(seen) == 1
+    assert seen[0].shape == deferred.shape
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_logits_of_a_strided_input():
+    hidden, weight = drawn(S, B, D).requires_grad_().transpose(0, 1), drawn(C, D).requires_grad_()
+    for bias in (None, drawn(C, seed=1)):
+        got, expected = defer(hidden, weight, bias)[:, 1:], F.linear(hidden, weight, bias)[:, 1:]
+        assert got.stride() == expected.stride()
+        got.sum()
+        assert (got.stride(), got.storage_offset()) == (expected.stride(), expected.storage_offset())
+
+
 class Doubled(torch.autograd.Function):
     """Autograd knows of its operands; ``__torch_function__`` never hears of it."""
 
