@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from braze.kernels import cross_entropy, fuse, unfuse, use_backend
-from braze.kernels.fuse import heads
+from braze.kernels.fuse import deferred, heads
 from braze.kernels.fuse.deferred import DeferredLogits, defer
 from braze.kernels.fuse.sample import Exactly
 from braze.kernels.ops import head_chunks
@@ -129,8 +129,6 @@ models = pytest.mark.parametrize(("make", "step"), MODELS.values(), ids=MODELS)
 @pytest.fixture
 def losses(monkeypatch):
     """Counts the losses that are computed without logits."""
-    from braze.kernels.fuse import deferred
-
     calls, function = [], deferred.linear_cross_entropy
     monkeypatch.setattr(
         deferred, "linear_cross_entropy", lambda *args, **options: calls.append(1) or function(*args, **options)
@@ -284,8 +282,8 @@ def test_an_adapter_around_the_head_is_trained(first):
         m.head = LoRA(m.head)
     model.get_output_embeddings = lambda: model.head
     if first == "adapted":
-        (left,) = (record for record in fuse(model) if record.path == "head")
-        assert left.status == "left"
+        (left,) = fuse(model)
+        assert (left.path, left.status) == ("head", "left")
         assert "not those of a torch.nn.Linear alone" in left.reason
         assert type(model.head.base_layer) is nn.Linear
     for m in (plain, model):
@@ -326,6 +324,14 @@ def test_small_logits_are_computed_as_ever(monkeypatch):
     fuse(model)
     assert is_deferred(model(tokens()))
     assert type(model(tokens(length=S - 1))) is torch.Tensor
+
+
+def test_a_loss_that_is_wrong_by_a_percent_is_noticed(monkeypatch):
+    function = deferred.linear_cross_entropy
+    monkeypatch.setattr(deferred, "linear_cross_entropy", lambda *args, **options: 1.01 * function(*args, **options))
+    (record,) = fuse(gpt())
+    assert record.status == "left"
+    assert "it computes something else" in record.reason
 
 
 def test_unfuse_gives_the_ordinary_head_back():

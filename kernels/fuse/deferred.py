@@ -131,7 +131,10 @@ class Logits:
 
 
 class DeferredLogits(Tensor):
-    """Looks like the logits; computes them when something other than a step towards a loss is done with it."""
+    """Looks like the logits; computes them when something other than a step towards a loss is done with it.
+
+    A loss that is compiled by itself breaks the graph there, and runs eagerly; with ``fullgraph=True`` it refuses.
+    """
 
     _logits: Logits
 

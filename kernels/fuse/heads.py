@@ -45,12 +45,12 @@ class OutputHead(Joint):
     def candidates(cls, root: nn.Module) -> set[int]:
         """The output embeddings, whatever their class, and linear layers that are like them."""
         modules = list(root.modules())
-        outputs = [head for module in modules if (head := _output_embeddings(module)) is not None]
-        inside = {id(part) for head in outputs for part in head.modules()}
+        found = {id(head) for module in modules if (head := _output_embeddings(module)) is not None}
         embeddings = {id(getattr(module, "weight", None)) for module in modules if isinstance(module, nn.Embedding)}
+        # Parts of what is a linear layer as a whole: an adapter, and what it adapts.
+        inside = {id(part) for module in modules if _linear(module) for part in module.modules() if part is not module}
         layers = [module for module in modules if type(module) is nn.Linear and id(module) not in inside]
         alike = collections.Counter((layer.in_features, layer.out_features) for layer in layers)
-        found = {id(head) for head in outputs}
         for layer in layers:
             wide = layer.out_features >= WIDENS * layer.in_features
             if id(layer.weight) in embeddings or (wide and alike[layer.in_features, layer.out_features] == 1):
@@ -83,7 +83,7 @@ class OutputHead(Joint):
 
     def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
         """The losses of both; however small, the logits are deferred."""
-        original, fused = super(OutputHead, OutputHead(0)).trial(sample)
+        original, fused = Joint.trial(OutputHead(0), sample)
         return _Losses(original), _Losses(fused)
 
     def draws(self, sample: Sample) -> list[Draw]:
@@ -102,7 +102,11 @@ def _output_embeddings(module: nn.Module) -> nn.Module | None:
         head = module.get_output_embeddings()  # type: ignore[operator]
     except Exception:
         return None
-    return head if isinstance(head, nn.Module) and hasattr(head, "out_features") else None
+    return head if isinstance(head, nn.Module) and _linear(head) else None
+
+
+def _linear(module: nn.Module) -> bool:
+    return hasattr(module, "out_features")
 
 
 def _defers(module: nn.Linear, input: Any, smallest: int) -> bool:
