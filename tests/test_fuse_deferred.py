@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -408,7 +408,7 @@ OTHERS = {
     "stacked": lambda x: torch.stack([x, x]),
     "concatenated": lambda x: torch.cat([x, x], -1),
     "split": lambda x: x.split(C // 2, -1)[0],
-    "linear": lambda x: F.linear(x, torch.ones(3, C)),
+    "linear": lambda x: F.linear(x, x.new_ones(3, C)),
     "einsum": lambda x: torch.einsum("...c->...", x),
     "where": lambda x: torch.where(x > 0, x, torch.zeros(())),
     "top": lambda x: x.topk(3, -1).values,
@@ -475,10 +475,13 @@ def test_everything_else_is_done_with_the_ordinary_tensor(function, pair):
         torch.testing.assert_close(*both, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:Tensor.mT is deprecated on 0-D tensors")
+@settings(max_examples=10 * settings.default.max_examples)  # each takes milliseconds
 @given(st.lists(st.sampled_from([*STEPS, *OTHERS]), min_size=1, max_size=6), st.booleans(), st.sampled_from(["f", "b"]))
 def test_any_sequence_of_steps_is_the_ordinary_one(names, bias, dtype):
     tensors = operands(torch.float32 if dtype == "f" else torch.bfloat16, bias)
     deferred, ordinary = defer(*tensors), F.linear(*tensors)
+    done = []
     for name in names:
         function = {**STEPS, **OTHERS}[name]
         got, expected = called(function, deferred), called(function, ordinary)
@@ -486,14 +489,20 @@ def test_any_sequence_of_steps_is_the_ordinary_one(names, bias, dtype):
             assert got == expected
             break
         deferred, ordinary = got, expected
+        done.append(name)
         assert (deferred.shape, deferred.dtype) == (ordinary.shape, ordinary.dtype)
-        assert deferred.stride() == ordinary.stride()
+        assert strides(deferred) == strides(ordinary)
         if not ordinary.requires_grad or not ordinary.is_floating_point():
             break
     loss_of = lossable(ordinary)
     if loss_of is not None:
-        check_loss(loss_of, deferred, ordinary, tensors, names)
+        check_loss(loss_of, deferred, ordinary, tensors, done)
     torch.testing.assert_close(deferred, ordinary, rtol=0, atol=0, equal_nan=True)
+
+
+def strides(x):
+    """Where a dim has one element, its stride means nothing, and meta tensors have another."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
 
 
 def lossable(x):
