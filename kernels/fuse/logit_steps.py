@@ -78,7 +78,7 @@ def _basic(item: Any) -> bool:
 
 
 def _times(form: Form, like: Tensor, call: Call, *args: Any, inverse: bool = False, **kwargs: Any) -> Followed:
-    """A number, positive after a cap."""
+    """A number, positive after a cap. The loss multiplies hidden by it: a rounding more, unless by a power of two."""
     number: Any = args[0] if len(args) == 1 and not kwargs else None
     if type(number) not in (int, float) or not math.isfinite(number) or number == 0:
         return None
