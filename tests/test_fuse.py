@@ -79,7 +79,7 @@ def classes(model):
 
 # ------------------------------------------------------------------------------ what is found where
 
-ATTENTION, NORMS = ["cross_entropy", "glu", "glu", "rope", "rope"], ["rms_norm"]
+ATTENTION, NORMS = ["cross_entropy", "linear_cross_entropy", "glu", "glu", "rope", "rope"], ["rms_norm"]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_second_fuse_changes_nothing_and_says_so(fused):
     report = fuse(fused)
     assert classes(fused) == before
     assert {record.status for record in report} == {"already fused"}
-    assert len(report) == 10
+    assert len(report) == 11
 
 
 def test_equal_classes_share_a_fused_class(fused, llama):
@@ -392,7 +392,7 @@ def test_a_failure_midway_rolls_everything_back():
 def test_a_meta_model_is_verified_on_a_drawn_sample(llama):
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(llama.config)
-    assert len(fuse(model).fused) == 10
+    assert len(fuse(model).fused) == 11
     model = model.to_empty(device="cpu")
     model.load_state_dict(llama.state_dict())
     model.model.rotary_emb = llama.model.rotary_emb
@@ -407,9 +407,9 @@ def test_the_report_prints_groups_and_is_json(llama):
     text = str(report)
     assert "model.layers.*.input_layernorm" in text
     assert text.count("×2") == 4  # noqa: RUF001 (the multiplication sign is meant)
-    assert "10 of 10 joints fused" in text
+    assert "11 of 11 joints fused" in text
     (first, *_) = records = json.loads(json.dumps(report.as_dicts()))
-    assert len(records) == 10
+    assert len(records) == 11
     assert first.keys() == {"path", "was", "now", "status", "reason", "check"}
     assert all(0 <= record["check"]["error"] <= record["check"]["budget"] for record in records)
 
@@ -421,4 +421,4 @@ def test_a_large_model_is_not_copied():
             transformers.LlamaConfig(**SIZES | {"hidden_size": 8192, "intermediate_size": 65536, "head_dim": 2048})
         )
     gc.collect()
-    assert len(fuse(model).fused) == 10
+    assert len(fuse(model).fused) == 11

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Set
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .gated_mlp import GatedMLP
+from .heads import OutputHead
 from .joint import Joint, fused_class, fusion
 from .losses import CausalLoss, CrossEntropy, SoftmaxModule
 from .norms import Norm
@@ -20,7 +21,7 @@ from .rotary import Rotary
 from .sample import Refused, Sample, quiet
 from .verify import Check, verify
 
-JOINTS: tuple[type[Joint], ...] = (Norm, GatedMLP, Rotary, CrossEntropy, SoftmaxModule, CausalLoss)
+JOINTS: tuple[type[Joint], ...] = (Norm, GatedMLP, Rotary, CrossEntropy, SoftmaxModule, CausalLoss, OutputHead)
 
 Choice = str | type[nn.Module]
 
@@ -28,7 +29,7 @@ _PACKAGE = __name__.removesuffix(".fuse.fuse")
 
 
 class Outcome(NamedTuple):
-    """What examining one kind of module gave: a joint with its check, or a reason to leave it, or neither."""
+    """What examining one kind of module gave: a joint with its note and check, or a reason to leave it, or neither."""
 
     joint: Joint | None
     reason: str = ""
@@ -46,7 +47,8 @@ def fuse(model: nn.Module, *, skip: Iterable[Choice] = (), only: Iterable[Choice
     Args:
         model: any module; also one whose parts are fused already, on any device (also meta).
         skip: what to leave alone: paths as in ``model.named_modules()``, with wildcards (a path means all below it
-            too), module classes, or operators ("rms_norm", "layer_norm", "glu", "rope", "cross_entropy", "softmax").
+            too), module classes, or operators ("rms_norm", "layer_norm", "glu", "rope", "cross_entropy", "softmax",
+            "linear_cross_entropy").
         only: the same; if given, nothing else is touched.
 
     Returns:
@@ -61,11 +63,12 @@ def fuse(model: nn.Module, *, skip: Iterable[Choice] = (), only: Iterable[Choice
     records: list[Record] = []
     swaps: list[tuple[nn.Module, type]] = []
     known: dict[Hashable, Outcome] = {}
+    candidates = {joint_type: joint_type.candidates(model) for joint_type in JOINTS}
     with quiet(model):
         for path, module in model.named_modules():
             if any(_matches(choice, path, module, None) for choice in skip):
                 continue
-            found = _look(module, model, known)
+            found = _look(module, model, candidates, known)
             if found is None:
                 continue
             status, operator, outcome = found
@@ -114,7 +117,9 @@ def _swap(swaps: list[tuple[nn.Module, type]]) -> None:
         raise
 
 
-def _look(module: nn.Module, root: nn.Module, known: dict[Hashable, Outcome]) -> tuple[str, str, Outcome] | None:
+def _look(
+    module: nn.Module, root: nn.Module, candidates: dict[type[Joint], Set[int]], known: dict[Hashable, Outcome]
+) -> tuple[str, str, Outcome] | None:
     """(status, operator, outcome), or None where there is no joint."""
     made = fusion(module)
     if made is not None:
@@ -122,7 +127,7 @@ def _look(module: nn.Module, root: nn.Module, known: dict[Hashable, Outcome]) ->
     if type(module).__module__.startswith(_PACKAGE + ".ops."):
         return "already fused", "", Outcome(None, "a braze module")
     for joint_type in JOINTS:
-        if not joint_type.suits(module):
+        if id(module) not in candidates[joint_type]:
             continue
         barrier = _barrier(module)
         if barrier:
@@ -157,9 +162,8 @@ def _attempt(joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes:
         if joint is None:
             return Outcome(None, "it computes something else" if _named_like(module, joint_type) else "")
         original, fused = joint.trial(sample)
-        return Outcome(
-            joint, "", verify(original, fused, functools.partial(joint.draws, sample), sample.dtype, joint.exact)
-        )
+        check = verify(original, fused, functools.partial(joint.draws, sample), sample.dtype, joint.exact)
+        return Outcome(joint, joint.note, check)
     except Refused as refused:
         close = joint is not None or _named_like(module, joint_type)
         return Outcome(None, str(refused) if close else "")

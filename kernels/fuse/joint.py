@@ -11,7 +11,7 @@ import copy
 import copyreg
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence, Set
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,11 +26,18 @@ class Joint(ABC):
     #: The word in a class's name that makes a refusal worth reporting even where nothing like the joint was found.
     hint: ClassVar[str]
     operator: str
+    #: What the report adds where such a joint was fused.
+    note: ClassVar[str] = ""
 
     @classmethod
-    @abstractmethod
     def suits(cls, module: nn.Module) -> bool:
         """Whether the outside of ``module`` looks like such a joint; cheap, and runs none of its code."""
+        return False
+
+    @classmethod
+    def candidates(cls, root: nn.Module) -> Set[int]:
+        """The ids of the modules to look at. What they are to the rest of the model may count, too."""
+        return {id(module) for module in root.modules() if cls.suits(module)}
 
     @classmethod
     def key(cls, module: nn.Module) -> Hashable:

@@ -66,4 +66,5 @@ def _row(key: tuple[str, ...], records: list[Record]) -> tuple[str, ...]:
     if status == "fused" and checks:
         worst = max(checks, key=lambda check: check.error / check.budget)
         note = f"{worst.error:.1e} / {worst.budget:.1e}  {worst.where}" if worst.where else "0, exact"
+        note += f"; {reason}" if reason else ""
     return path or "(the model)", f"×{len(records)}" if len(records) > 1 else "", was, now, note  # noqa: RUF001 (the multiplication sign is meant)

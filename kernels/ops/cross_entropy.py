@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import dispatch, sharding
 from ..autograd import Gradients, fused, vjp
@@ -116,6 +117,12 @@ def cross_entropy(
         IndexError: if a target on the CPU is out of range. On a GPU, where looking would stall the stream, the loss of
             such a position is NaN, and so is its gradient.
     """
+    if type(x) is not Tensor and has_torch_function_unary(x):  # deferred logits, for one (fuse/deferred.py)
+        loss: Tensor = handle_torch_function(
+            cross_entropy, (x,), x, target, weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, softcap=softcap, z_loss=z_loss,
+        )  # fmt: skip
+        return loss
     if target.is_floating_point() and not z_loss:
         if ignore_index >= 0:
             raise ValueError(
