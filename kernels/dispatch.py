@@ -103,7 +103,7 @@ def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
     return function(*tensors, **options)
 
 
-def choose(op: Op, tensors: tuple[Tensor | None, ...]) -> Choice:
+def choose(op: Dispatched, tensors: tuple[Tensor | None, ...]) -> Choice:
     """The implementation that ``op`` runs for ``tensors`` in eager mode, and why.
 
     Raises:
