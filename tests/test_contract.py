@@ -86,7 +86,7 @@ MUTANTS = {
         "linear_distillation", "distillation", "(gap - before * moved) * shrink", "gap * shrink"
     ),
     "a gradient that does not sum to zero": Mutant(
-        "linear_distillation", "distillation", " - tl.exp(log_p) * pull[:, None]", "", "Jensen-Shannon, chunks"
+        "linear_distillation", "distillation", " - p * pull[:, None]", "", "Jensen-Shannon, chunks"
     ),
     "the sink left out of the sum": Mutant(
         "softmax", "softmax", "total += tl.exp(k - m)", "total += 0.0 * tl.exp(k - m)", "sink"

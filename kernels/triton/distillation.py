@@ -1,21 +1,25 @@
 """Divergences of N rows of V teacher's logits z from a student's x, and their gradient, which takes the place of x.
 
-With s = x / T, r = z / T, and of each its maximum m and l = log Σ exp(· − m):
+With s = x / T and r = z / T, each less its maximum, and S = Σ exp(s), R = Σ exp(r):
 
-    p = exp(s − m_s − l_s)      q = exp(r − m_r − l_r)      mix = β·q + (1 − β)·p
+    p = exp(s) / S      q = exp(r) / R      mix = β·q + (1 − β)·p      log p − log q = s − r + log(R / S)
 
-    forward_kl  Σ q·(log q − log p)                                        a = −q
-    reverse_kl  Σ p·(log p − log q)                                        a = p·(log p − log q)
-    js          β·Σ q·(log q − log mix) + (1 − β)·Σ p·(log p − log mix)    a = (1 − β)·p·(log p − log mix)
-    tv          ½·Σ |p − q|                                                a = ½·p·sign(p − q)
+    forward_kl  Σ q·(log q − log p)                                    a = −q
+    reverse_kl  Σ p·(log p − log q)                                    a = p·(log p − log q)
+    js          β·Σ q·log(q / mix) + (1 − β)·Σ p·log(p / mix)          a = (1 − β)·p·log(p / mix)
+    tv          ½·Σ |p − q|                                            a = ½·p·sign(p − q)
 
-    dx = scale / T·(a − p·Σ a)      where nothing is infinitely improbable: 0·∞ is 0
+    dx = scale / T·(a − p·Σ a)
+
+where nothing is infinitely improbable: 0·∞ is 0. S and R are kept, not their logarithms: at 262,144 classes these are
+rounded by 5e-7, and so would be every p of a row, to the same side.
 
 Memory-bound: logits are read once for the statistics, with running maxima and sums (Milakov and Gimelshein, 2018), and
 once for the gradient, where blocks of a row are independent programs. A KL divergence is summed up on the way, and
 moved with the maxima; the others are no sums under one exponential, and read the logits once more. A block has 4,096
 elements of each, 8 warps: two 16-byte accesses of bf16 to either, 16 KB in flight for each program, about what
-3.35 TB/s at 0.6 µs latency asks of a multiprocessor. Rows shorter than a block share a program.
+3.35 TB/s at 0.6 µs latency asks of a multiprocessor, which has registers for two or more. Rows shorter than a block
+share a program.
 """
 
 from __future__ import annotations
@@ -47,23 +51,21 @@ def _raised(s, m, total):
 
 
 @triton.jit
-def _log_mix(p, q, beta):
-    # Kept among the normal numbers, where the logarithm is finite on every GPU.
-    mix = beta * q + (1.0 - beta) * p
-    return tl.log(tl.where(mix < 1.1754943508222875e-38, 1.1754943508222875e-38, mix))
+def _information(p, other):
+    """p·log(p / other), where what is not a normal number is 0: a GPU may take its logarithm for that of 0."""
+    least = 1.1754943508222875e-38
+    return tl.where(p < least, 0.0, p * tl.log(p / tl.where(other < least, least, other)))
 
 
 @triton.jit
-def _pulls(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
+def _pulls(s, r, p, q, log_ratio, beta, DIVERGENCE: tl.constexpr):
     """a of each class."""
-    p = tl.exp(log_p)
-    q = tl.exp(log_q)
     if DIVERGENCE == "forward_kl":
         return -q
     elif DIVERGENCE == "reverse_kl":
-        return tl.where(p == 0.0, 0.0, p * (log_p - log_q))
+        return tl.where(p == 0.0, 0.0, p * (s - r + log_ratio))
     elif DIVERGENCE == "js":
-        return tl.where(p == 0.0, 0.0, (1.0 - beta) * p * (log_p - _log_mix(p, q, beta)))
+        return (1.0 - beta) * _information(p, beta * q + (1.0 - beta) * p)
     else:
         tl.static_assert(DIVERGENCE == "tv")
         return 0.5 * p * (tl.where(p > q, 1.0, 0.0) - tl.where(p < q, 1.0, 0.0))
@@ -71,7 +73,7 @@ def _pulls(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def _forward(
-    a, b, losses, pulls, a_bases, a_log_sums, b_bases, b_log_sums,
+    a, b, losses, pulls, a_bases, a_totals, b_bases, b_totals,
     a_stride, b_stride, N, V, inverse_temperature, beta,
     DIVERGENCE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -98,10 +100,8 @@ def _forward(
             apart = (s - a_base[:, None]) - (r - b_base[:, None])
             gap = tl.where(shrink == 0.0, 0.0, (gap - before * moved) * shrink)
             gap += tl.sum(tl.where(e == 0.0, 0.0, e * apart), 1)
-    a_log_sum = tl.log(a_total)
-    b_log_sum = tl.log(b_total)
     if KL:
-        loss = gap / a_total - a_log_sum + b_log_sum
+        loss = gap / a_total + tl.log(b_total / a_total)
         pull = loss
         if DIVERGENCE == "forward_kl":
             pull = tl.full([BLOCK_N], -1.0, tl.float32)
@@ -112,28 +112,28 @@ def _forward(
             v = start + tl.arange(0, BLOCK_V)
             inside = (n < N)[:, None] & (v < V)[None, :]
             # What is not inside has a probability of 0 here, and adds nothing.
-            log_q = _scores(a, n, v, inside, a_stride, inverse_temperature) - a_base[:, None] - a_log_sum[:, None]
-            log_p = _scores(b, n, v, inside, b_stride, inverse_temperature) - b_base[:, None] - b_log_sum[:, None]
-            p = tl.exp(log_p)
-            q = tl.exp(log_q)
-            block = _pulls(log_p, log_q, beta, DIVERGENCE)
+            r = _scores(a, n, v, inside, a_stride, inverse_temperature) - a_base[:, None]
+            s = _scores(b, n, v, inside, b_stride, inverse_temperature) - b_base[:, None]
+            p = tl.exp(s) * (1.0 / b_total)[:, None]
+            q = tl.exp(r) * (1.0 / a_total)[:, None]
+            block = _pulls(s, r, p, q, 0.0, beta, DIVERGENCE)
             pull += tl.sum(block, 1)
             if DIVERGENCE == "js":
-                block += tl.where(q == 0.0, 0.0, beta * q * (log_q - _log_mix(p, q, beta)))
+                block += beta * _information(q, beta * q + (1.0 - beta) * p)
             else:
                 block = 0.5 * tl.abs(p - q)
             loss += tl.sum(block, 1)
     tl.store(losses + n, loss, n < N)
     tl.store(pulls + n, pull, n < N)
     tl.store(a_bases + n, a_base, n < N)
-    tl.store(a_log_sums + n, a_log_sum, n < N)
+    tl.store(a_totals + n, a_total, n < N)
     tl.store(b_bases + n, b_base, n < N)
-    tl.store(b_log_sums + n, b_log_sum, n < N)
+    tl.store(b_totals + n, b_total, n < N)
 
 
 @triton.jit
 def _backward(
-    scale, x, z, pulls, x_bases, x_log_sums, z_bases, z_log_sums,
+    scale, x, z, pulls, x_bases, x_totals, z_bases, z_totals,
     scale_stride, x_stride, z_stride, N, V, inverse_temperature, beta,
     DIVERGENCE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -142,11 +142,13 @@ def _backward(
     inside = (n < N)[:, None] & (v < V)[None, :]
     g = tl.load(scale + n * scale_stride, n < N, other=0.0).to(tl.float32) * inverse_temperature
     pull = tl.load(pulls + n, n < N, other=0.0)
-    log_p = _scores(x, n, v, inside, x_stride, inverse_temperature)
-    log_p = log_p - tl.load(x_bases + n, n < N, other=0.0)[:, None] - tl.load(x_log_sums + n, n < N, other=0.0)[:, None]
-    log_q = _scores(z, n, v, inside, z_stride, inverse_temperature)
-    log_q = log_q - tl.load(z_bases + n, n < N, other=0.0)[:, None] - tl.load(z_log_sums + n, n < N, other=0.0)[:, None]
-    dx = g[:, None] * (_pulls(log_p, log_q, beta, DIVERGENCE) - tl.exp(log_p) * pull[:, None])
+    S = tl.load(x_totals + n, n < N, other=1.0)
+    R = tl.load(z_totals + n, n < N, other=1.0)
+    s = _scores(x, n, v, inside, x_stride, inverse_temperature) - tl.load(x_bases + n, n < N, other=0.0)[:, None]
+    r = _scores(z, n, v, inside, z_stride, inverse_temperature) - tl.load(z_bases + n, n < N, other=0.0)[:, None]
+    p = tl.exp(s) * (1.0 / S)[:, None]
+    q = tl.exp(r) * (1.0 / R)[:, None]
+    dx = g[:, None] * (_pulls(s, r, p, q, tl.log(R / S)[:, None], beta, DIVERGENCE) - p * pull[:, None])
     tl.store(x + n[:, None] * x_stride + v[None, :], dx.to(x.dtype.element_ty), inside)
 
 
