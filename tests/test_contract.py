@@ -83,7 +83,7 @@ MUTANTS = {
         "every option",
     ),
     "a divergence that is not moved with the maxima": Mutant(
-        "linear_distillation", "distillation", "(gap - before * moved) * shrink", "gap * shrink"
+        "linear_distillation", "distillation", "(gap + before * moved) * shrink", "gap * shrink"
     ),
     "a gradient that does not sum to zero": Mutant(
         "linear_distillation", "distillation", " - p * pull[:, None]", "", "Jensen-Shannon, chunks"

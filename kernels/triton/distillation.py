@@ -85,23 +85,26 @@ def _forward(
     b_base = tl.zeros([BLOCK_N], tl.float32)
     a_total = tl.zeros([BLOCK_N], tl.float32)
     b_total = tl.zeros([BLOCK_N], tl.float32)
-    gap = tl.zeros([BLOCK_N], tl.float32)  # Σ exp(a − a_base)·((a − a_base) − (b − b_base))
+    log_ratio = tl.zeros([BLOCK_N], tl.float32)
+    gap = tl.zeros([BLOCK_N], tl.float32)  # Σ exp(s)·(s − r + log_ratio), s and r being of a and b here
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         inside = (n < N)[:, None] & (v < V)[None, :]
         s = _scores(a, n, v, inside, a_stride, inverse_temperature)
         r = _scores(b, n, v, inside, b_stride, inverse_temperature)
-        before = a_total
-        moved = b_base - a_base
+        before, a_before, b_before, ratio_before = a_total, a_base, b_base, log_ratio
         a_peak, a_base, a_total, e, shrink = _raised(s, a_peak, a_total)
         b_peak, b_base, b_total, _, _ = _raised(r, b_peak, b_total)
         if KL:
-            moved += a_base - b_base
-            apart = (s - a_base[:, None]) - (r - b_base[:, None])
-            gap = tl.where(shrink == 0.0, 0.0, (gap - before * moved) * shrink)
+            # Terms as small as those of the divergence itself: what has one sign until the end cancels there.
+            log_ratio = tl.where((a_total == 0.0) | (b_total == 0.0), 0.0, tl.log(b_total / a_total))
+            moved = (a_before - a_base) + (b_base - b_before) + (log_ratio - ratio_before)
+            apart = (s - a_base[:, None]) - (r - b_base[:, None]) + log_ratio[:, None]
+            gap = tl.where(shrink == 0.0, 0.0, (gap + before * moved) * shrink)
             gap += tl.sum(tl.where(e == 0.0, 0.0, e * apart), 1)
     if KL:
-        loss = gap / a_total + tl.log(b_total / a_total)
+        # A row of nothing but −∞ is no distribution.
+        loss = tl.where(b_total == 0.0, float("nan"), gap / a_total)
         pull = loss
         if DIVERGENCE == "forward_kl":
             pull = tl.full([BLOCK_N], -1.0, tl.float32)
