@@ -59,6 +59,9 @@ from .ops.layer_norm_2d import layer_norm_2d as layer_norm_2d
 from .ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from .ops.linear_cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from .ops.linear_distillation import LINEAR_DISTILLATION
+from .ops.linear_distillation import LinearDistillationLoss as LinearDistillationLoss
+from .ops.linear_distillation import linear_distillation_loss as linear_distillation_loss
 from .ops.linear_log_probs import linear_log_probs as linear_log_probs
 from .ops.log_softmax import LOG_SOFTMAX
 from .ops.log_softmax import LogSoftmax as LogSoftmax
@@ -137,6 +140,7 @@ OPS = (
     LAYER_NORM,
     LAYER_NORM_2D,
     LINEAR_CROSS_ENTROPY,
+    LINEAR_DISTILLATION,
     LOG_SOFTMAX,
     MLP_OP,
     MODULATED_LAYER_NORM,

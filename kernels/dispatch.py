@@ -104,7 +104,7 @@ def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
     return function(*tensors, **options)
 
 
-def choose(op: Op, tensors: tuple[Tensor | None, ...], **options: Any) -> Choice:
+def choose(op: Dispatched, tensors: tuple[Tensor | None, ...], **options: Any) -> Choice:
     """The implementation that ``op`` runs for ``tensors`` and options in eager mode, and why.
 
     Raises:
@@ -123,7 +123,8 @@ def choose(op: Op, tensors: tuple[Tensor | None, ...], **options: Any) -> Choice
         )
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in present) else present[0].dtype
     choice = preferred(op, device.type, dtype, max(t.numel() for t in present))
-    if choice.backend == "compile" and not asked() and op.plain_on_cpu and op.plain_on_cpu(*tensors, **options):
+    plain = op.plain_on_cpu if isinstance(op, Op) else None
+    if choice.backend == "compile" and not asked() and plain is not None and plain(*tensors, **options):
         return Choice("eager", "a kernel of ATen's own, faster than compiled code")
     return choice
 

@@ -36,3 +36,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def walked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The places of the tokens of each chunk behind a head, as they are computed."""
+    from braze.kernels.ops import head_chunks
+
+    seen: list[list[int]] = []
+    chunks = head_chunks._chunks
+
+    def recorded(total: int, counted: torch.Tensor | None, most: int):
+        for index in chunks(total, counted, most):
+            places = range(total)[index] if isinstance(index, slice) else index.tolist()
+            seen.append(list(places))
+            yield index
+
+    monkeypatch.setattr(head_chunks, "_chunks", recorded)
+    return seen

@@ -82,6 +82,12 @@ MUTANTS = {
         "_launch_backward(torch.ones_like(scale),",
         "every option",
     ),
+    "a divergence that is not moved with the maxima": Mutant(
+        "linear_distillation", "distillation", "(gap + before * moved) * shrink", "gap * shrink"
+    ),
+    "a gradient that does not sum to zero": Mutant(
+        "linear_distillation", "distillation", " - p * pull[:, None]", "", "Jensen-Shannon, chunks"
+    ),
     "the sink left out of the sum": Mutant(
         "softmax", "softmax", "total += tl.exp(k - m)", "total += 0.0 * tl.exp(k - m)", "sink"
     ),
@@ -224,6 +230,7 @@ DIMS = (
     {"B": 2, "S": 2, "D": 16_385},
     {"N": 5, "D": 8, "C": 33},
     {"N": 3, "D": 8, "C": 4097},
+    {"N": 3, "D": 8, "C": 9001},
     {"N": 5, "K": 2, "D": 33},
     {"N": 129, "K": 2, "D": 129},
     {"N": 5, "C": 33},

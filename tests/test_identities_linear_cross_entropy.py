@@ -7,12 +7,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 
 from braze.kernels import LinearCrossEntropyLoss, linear_cross_entropy, linear_log_probs, use_backend
-from braze.kernels.ops import head_chunks
+
+from .graphs import compiled_whole, shapes
 
 every_backend = pytest.mark.parametrize("backend", ["eager", "compile", "triton"])
 every_chunked_backend = pytest.mark.parametrize("backend", ["compile", "triton"])
@@ -32,22 +31,6 @@ def head(device: str) -> tuple[Tensor, Tensor, Tensor]:
     target[::3] = -100
     hidden = drawn(N, D, device=device).requires_grad_()
     return hidden, drawn(C, D, device=device, seed=1).requires_grad_(), target
-
-
-@pytest.fixture
-def walked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The places of the tokens of each chunk, as they are computed."""
-    seen: list[list[int]] = []
-    chunks = head_chunks._chunks
-
-    def recorded(total: int, counted: Tensor | None, most: int):
-        for index in chunks(total, counted, most):
-            places = range(total)[index] if isinstance(index, slice) else index.tolist()
-            seen.append(list(places))
-            yield index
-
-    monkeypatch.setattr(head_chunks, "_chunks", recorded)
-    return seen
 
 
 @every_chunked_backend
@@ -144,26 +127,12 @@ def test_compiles_whole_and_keeps_no_logits(reduction: str, frozen: bool, device
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_cross_entropy(torch.tanh(hidden), weight, target, reduction=reduction, label_smoothing=0.1).sum()
 
-    torch._dynamo.reset()
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep(graph: torch.fx.GraphModule, inputs: list):
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
-
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    compiled, graphs = compiled_whole(loss)
     ours, theirs = compiled(hidden, weight), loss(hidden, weight)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(ours, learned), torch.autograd.grad(theirs, learned))
-    shapes = [
-        tuple(node.meta["val"].shape)
-        for g in graphs
-        for node in g.graph.nodes
-        if hasattr(node.meta.get("val"), "shape")
-    ]
     assert len(graphs) == 2
-    assert (N, C) not in shapes
+    assert (N, C) not in shapes(graphs)
 
 
 def test_log_probs_are_those_of_the_tempered_logits(device: str) -> None:

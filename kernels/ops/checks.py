@@ -85,10 +85,24 @@ def linear_operands(name: str, **tensors: tuple[Tensor | None, str]) -> None:
             )
 
 
+def each_token(name: str, hidden: Tensor, **tensors: Tensor | None) -> None:
+    """Raise unless every tensor has an element for each token of hidden [..., D]."""
+    for label, t in tensors.items():
+        if t is not None and t.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"{name}: {label} must have one element for each token of hidden {tuple(hidden.shape)}, "
+                f"{tuple(hidden.shape[:-1])}, got {tuple(t.shape)}"
+            )
+
+
 def loss_options(
-    name: str, reduction: str, label_smoothing: float, softcap: float | None, **constants: Tensor | None
+    name: str,
+    reduction: str,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    **constants: Tensor | None,
 ) -> None:
-    """Raise unless the options of a cross-entropy are in range, and nobody wants a gradient of the constants."""
+    """Raise unless the options of a loss are in range, and nobody wants a gradient of the constants."""
     for label, constant in constants.items():
         if constant is not None and constant.requires_grad:
             raise ValueError(f"{name}: no gradient flows to {label}, but it requires one; pass {label}.detach()")
@@ -118,6 +132,12 @@ def broadcastable(name: str, x: Tensor, **weights: Tensor | None) -> None:
                 f"{name}: {label} must broadcast to x {tuple(x.shape)}, got {tuple(weight.shape)}; "
                 "a weight of each channel of images is (C, 1, 1)"
             )
+
+
+def memory_budget(name: str, budget: int | None) -> None:
+    """Raise unless the budget of a chunk is positive."""
+    if budget is not None and budget <= 0:
+        raise ValueError(f"{name}: memory_budget must be positive, in bytes, got {budget}; None is the default")
 
 
 def class_indices(name: str, target: Tensor, classes: int, ignore_index: int) -> None:

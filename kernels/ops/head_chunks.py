@@ -45,6 +45,7 @@ def in_chunks(
     scale: Tensor | None,
     needs: Sequence[bool],
     budget: int | None,
+    beside: int = 0,
 ) -> Found:
     """Losses and gradients of hidden [N, D] before a head [C, D].
 
@@ -57,13 +58,14 @@ def in_chunks(
         scale: [N], of each loss in the sum that is differentiated; None if no gradient is needed.
         needs: whether hidden, weight and bias need a gradient.
         budget: bytes that the tensors of a chunk may take; None for half of the weight's own, at least LEAST_BUDGET.
+        beside: bytes for each row that the loss needs beside the logits.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     wants_hidden, wants_weight, wants_bias = needs if scale is not None else (False, False, False)
     losses = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
     dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wants_hidden else None
     dw = db = None
-    rows = rows_within(budget, weight)
+    rows = rows_within(budget, weight, beside)
     memory = hidden.new_empty(min(rows, len(hidden)), len(weight))
     for index in _chunks(len(hidden), counted, rows):
         h = hidden[index]
@@ -80,12 +82,12 @@ def in_chunks(
     return Found(losses, dh, _held(dw, weight, wants_weight), _held(db, bias, wants_bias))
 
 
-def rows_within(budget: int | None, weight: Tensor) -> int:
+def rows_within(budget: int | None, weight: Tensor, beside: int = 0) -> int:
     """How many rows a chunk may have. The gradient takes the place of the logits; the CPU widens it for one product."""
     if budget is None:
         budget = max(LEAST_BUDGET, weight.numel() * weight.element_size() // 2)
     each = weight.element_size() + (4 if weight.element_size() < 4 and weight.device.type == "cpu" else 0)
-    return max(1, budget // max(1, len(weight) * each))
+    return max(1, budget // max(1, len(weight) * each + beside))
 
 
 def _chunks(N: int, counted: Tensor | None, most: int) -> Iterator[slice | Tensor]:
@@ -124,10 +126,10 @@ def _held(total: Tensor | None, parameter: Tensor | None, wanted: bool) -> Tenso
     return torch.zeros_like(parameter, dtype=dtype) if total is None else total.to(dtype)
 
 
-def counted_rows(target: Tensor, ignore_index: int) -> Tensor | None:
+def counted_rows(ignored: Tensor) -> Tensor | None:
     """The places that are not ignored; None if that is all of them."""
-    counted = (target != ignore_index).nonzero().squeeze(1)
-    return None if len(counted) == len(target) else counted
+    counted = (~ignored).nonzero().squeeze(1)
+    return None if len(counted) == len(ignored) else counted
 
 
 def scaled(found: Found, factor: Tensor, dtype: torch.dtype) -> Found:

@@ -23,7 +23,8 @@ from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 from . import checks
 from . import cross_entropy as cross_entropy_op
 from . import linear_cross_entropy_chunks as chunks
-from .linear_cross_entropy_chunks import divisor, loss_dtype, token_weights
+from .head_loss import token_weights
+from .linear_cross_entropy_chunks import divisor, loss_dtype
 
 
 def reference(
@@ -213,23 +214,21 @@ def _check(
             f"{name}: target must be integers, got {target.dtype}; convert it, or, for class probabilities, use "
             "torch.nn.functional.cross_entropy on the logits"
         )
-    for label, t in {"target": target, "token_weight": token_weight}.items():
-        if t is not None and t.shape != hidden.shape[:-1]:
-            raise ValueError(
-                f"{name}: {label} must have one element for each token of hidden {tuple(hidden.shape)}, "
-                f"{tuple(hidden.shape[:-1])}, got {tuple(t.shape)}"
-            )
+    checks.each_token(name, hidden, target=target, token_weight=token_weight)
     if class_weight is not None and class_weight.shape != weight.shape[:1]:
         raise ValueError(
             f"{name}: class_weight must have one element for each class, ({len(weight)},), "
             f"got {tuple(class_weight.shape)}"
         )
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"{name}: memory_budget must be positive, in bytes, got {memory_budget}; None is the default")
+    checks.memory_budget(name, memory_budget)
 
 
 def _implementation(backend: str) -> Any:
-    return functools.partial(chunks.run, backend, vjp(reference))
+    return functools.partial(chunks.run, backend, _second)
+
+
+def _second(grads: Any, *arguments: Any, **options: Any) -> Any:
+    return vjp(reference)(grads, *arguments, dtype=grads[0].dtype, **options)
 
 
 def _aten(

@@ -2,7 +2,7 @@
 
     p_n = log softmax((h_n·Wᵀ + b) / T)[t_n]
 
-It is :func:`linear_cross_entropy` without its sign: what preference, policy and distillation losses are made of.
+It is :func:`linear_cross_entropy` without its sign: what preference and policy losses are made of.
 """
 
 from __future__ import annotations
