@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from braze.kernels import OPS, dispatch
 from braze.kernels.op import Call, Dims, Draw, Op
