@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,13 @@ from torch import Tensor
 from .. import dispatch
 from ..autograd import Gradients, fused
 from ..compiled import compiled_call
-from . import cross_entropy
+from . import checks, cross_entropy_pieces, process_groups, vocab_parallel
 from .autocast import autocast_operands, autocasting, without_autocast
-from .head_chunks import Found, counted_rows, held_dtype, in_chunks, scaled
+from .head_chunks import Found, counted_rows, held_dtype, in_chunks, rows_within, scaled
+from .loss_weights import divisor, token_weights
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Not "braze" where this folder is found as a package of its own (transformers looks for one named ``kernels``): to
 #: register an operator anew pulls the first one from under its users.
@@ -29,24 +33,6 @@ def loss_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if autocasting(hidden.device.type) else hidden.dtype
 
 
-def token_weights(ignored: Tensor, token_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """u of every token, [N]: 0 where it is ignored."""
-    if token_weight is None:
-        return (~ignored).to(dtype)
-    return token_weight.flatten().to(dtype).masked_fill(ignored, 0.0)
-
-
-def divisor(target: Tensor, class_weight: Tensor | None, token_weight: Tensor | None, *, ignore_index: int) -> Tensor:
-    """Σ u_n·w_{t_n} over the tokens that count: what "mean" divides by."""
-    target = target.flatten()
-    ignored = target == ignore_index
-    dtypes = [t.dtype for t in (class_weight, token_weight) if t is not None]
-    u = token_weights(ignored, token_weight, functools.reduce(torch.promote_types, dtypes, torch.float32))
-    if class_weight is not None:
-        u = u * class_weight.to(u.dtype)[target.long().masked_fill(ignored, 0)]
-    return u.sum()
-
-
 def run(
     backend: str,
     second: Callable[..., Gradients],
@@ -56,7 +42,7 @@ def run(
     **options: Any,
 ) -> Tensor:
     """The operator, its loss on a chunk of logits computed by ``backend``; ``second`` differentiates it further."""
-    chunk = _CHUNKS[backend]
+    chunk = _chunk(backend, options.get("group"))
     hidden, weight, target, bias, *constants = tensors
     dtype = dtype or loss_dtype(hidden)
     hidden, weight, bias = autocast_operands(hidden, weight, bias)
@@ -81,7 +67,9 @@ def run(
         return fused(forward, backward, second, operands, {"reduction": reduction, "dtype": dtype, **options})
 
 
-def traced(*tensors: Any, reduction: str, dtype: torch.dtype | None, **options: Any) -> Tensor:
+def traced(
+    *tensors: Any, reduction: str, dtype: torch.dtype | None, group: ProcessGroup | None = None, **options: Any
+) -> Tensor:
     """The operator as one node of a compiled graph, which neither Inductor nor the partitioner sees into."""
     hidden, weight, target, bias, *constants = tensors
     dtype = dtype or loss_dtype(hidden)
@@ -89,7 +77,9 @@ def traced(*tensors: Any, reduction: str, dtype: torch.dtype | None, **options: 
     recorded = torch.is_grad_enabled()
     needs = [recorded and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     with without_autocast(hidden.device.type):
-        return _opaque(hidden, weight, target, bias, *constants, needs, reduction=reduction, **options)[0].to(dtype)
+        operands = (hidden, weight, target, bias, *constants)
+        options["group"] = None if group is None else group.group_name
+        return _opaque(*operands, needs, reduction=reduction, **options)[0].to(dtype)
 
 
 def _learned(tensors: Sequence[Any]) -> tuple[Any, Any, Any]:
@@ -117,7 +107,8 @@ def _loss(
         return losses.view(target.shape), found, None
     if reduction == "sum":
         return losses.sum(), found, None
-    whole = divisor(target, class_weight, token_weight, ignore_index=options["ignore_index"]).to(u.dtype)
+    shared = {"ignore_index": options["ignore_index"], "group": options.get("group")}
+    whole = divisor(target, class_weight, token_weight, **shared).to(u.dtype)
     return losses.sum() / whole, found, whole
 
 
@@ -160,12 +151,19 @@ def _walk(
 ) -> Found:
     hidden, weight, target, bias, class_weight, _ = tensors
     target = target.flatten()
+    classes = len(weight)
+    if "group" in options:
+        # All processes walk the same chunks: whoever had more would wait for messages that nobody sends.
+        every = vocab_parallel.agreed_classes("linear_cross_entropy", hidden, weight, options["group"])
+        checks.class_indices("linear_cross_entropy", target, sum(every), ignore_index)
+        classes = max(every)
 
     def losses_of(logits: Tensor, index: Any, scale: Tensor | None) -> Tensor:
         return chunk(logits, target[index], class_weight, scale, ignore_index=ignore_index, **options)
 
     rows, counted = hidden.reshape(-1, hidden.shape[-1]), counted_rows(target, ignore_index)
-    found = in_chunks(losses_of, rows, weight, bias, counted, scale, needs, memory_budget)
+    most = rows_within(memory_budget, weight, classes)
+    found = in_chunks(losses_of, rows, weight, bias, counted, scale, needs, most)
     return found._replace(hidden=None if found.hidden is None else found.hidden.view(hidden.shape))
 
 
@@ -183,9 +181,9 @@ def _torch_chunk(
 ) -> Tensor:
     """Two calls: compiled as one, torch 2.11 reads the target's logit after it has written the gradient over it."""
     operands = (logits, target, class_weight)
-    losses, *statistics = call(cross_entropy.loss_and_statistics, operands, {**options, "reduction": "none"})
+    losses, *statistics = call(cross_entropy_pieces.loss_and_statistics, operands, {**options, "reduction": "none"})
     if scale is not None:
-        call(cross_entropy.replace_by_gradient, (*operands, scale, *statistics), options)
+        call(cross_entropy_pieces.replace_by_gradient, (*operands, scale, *statistics), options)
     return losses
 
 
@@ -202,10 +200,19 @@ _CHUNKS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _chosen(tensors: Tensors) -> Callable[..., Any]:
+def _chunk(backend: str, group: ProcessGroup | None) -> Callable[..., Any]:
+    return _CHUNKS[backend] if group is None else functools.partial(vocab_parallel.chunk, backend)
+
+
+def _chosen(tensors: Tensors, group: str | None) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What computes a chunk, and the option that it takes beside the others."""
     from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
 
-    return _CHUNKS[dispatch.choose(LINEAR_CROSS_ENTROPY, tuple(tensors)).backend]
+    backend = dispatch.choose(LINEAR_CROSS_ENTROPY, tuple(tensors)).backend
+    if group is None:
+        return _chunk(backend, None), {}
+    found = process_groups.named(group)
+    return _chunk(backend, found), {"group": found}
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::linear_cross_entropy", mutates_args=())
@@ -223,12 +230,14 @@ def _opaque(
     softcap: float | None,
     z_loss: float,
     memory_budget: int | None,
+    group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, what its mean divides by, and the gradients of hidden, weight and bias; empty where not needed."""
     tensors = (hidden, weight, target, bias, class_weight, token_weight)
+    chunk, more = _chosen(tensors, group)
     loss, found, whole = _loss(
-        _chosen(tensors), tensors, needs, reduction=reduction, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, softcap=softcap, z_loss=z_loss, memory_budget=memory_budget,
+        chunk, tensors, needs, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        softcap=softcap, z_loss=z_loss, memory_budget=memory_budget, **more,
     )  # fmt: skip
     return loss, torch.ones_like(loss) if whole is None else whole, *_filled(found, hidden)
 
@@ -257,12 +266,14 @@ def _opaque_backward(
     softcap: float | None,
     z_loss: float,
     memory_budget: int | None,
+    group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias, for losses that were not reduced; empty where not needed."""
     tensors = (hidden, weight, target, bias, class_weight, token_weight)
+    chunk, more = _chosen(tensors, group)
     found = _gradients(
-        _chosen(tensors), grad, tensors, needs, [], reduction="none", ignore_index=ignore_index,
-        label_smoothing=label_smoothing, softcap=softcap, z_loss=z_loss, memory_budget=memory_budget,
+        chunk, grad, tensors, needs, [], reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing,
+        softcap=softcap, z_loss=z_loss, memory_budget=memory_budget, **more,
     )  # fmt: skip
     return _filled(found, hidden)
 
