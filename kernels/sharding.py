@@ -64,8 +64,8 @@ def run(name: str, fn: Callable[..., Any], signature: str, tensors: Sequence[Ten
     joined = [m for m, axis in enumerate(cut) if axis is not None and axis.endswith("+")]
     if len(joined) > 1:
         raise ValueError(
-            f"{name}: one mesh dim may shard the classes, but mesh dims {joined} do; gather them over all but one, "
-            "e.g. t.redistribute(placements=...)"
+            f"{name}: the classes may be sharded over one mesh dim only, but mesh dims {joined} shard them; "
+            "gather them over the others, e.g. t.redistribute(placements=...)"
         )
     for m in joined:
         fn, cut[m] = functools.partial(fn, group=mesh.get_group(m)), None  # what fn returns is whole
