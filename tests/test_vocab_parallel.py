@@ -71,16 +71,15 @@ def _agrees(rank: int, case: contract.Case, parts: tuple[int, ...], backends: tu
 
     def part(call: Call) -> Call:
         own = _own(rank, parts)
-        args = tuple(
-            _part_of(t, dims.get(i), own) if t is None or isinstance(t, Tensor) else t for i, t in enumerate(call.args)
-        )
+        args = tuple(_part_of(t, dims.get(i), own) for i, t in enumerate(call.args))
         kwargs = {k: _part_of(v, dims.get(k), own) if isinstance(v, Tensor) else v for k, v in call.kwargs.items()}
         return Call(args, {**kwargs, "group": dist.group.WORLD})
 
     def whole(operand: Tensor, gradient: Tensor) -> Tensor:
-        if gradient.shape == operand.shape and (case.op is LINEAR_CROSS_ENTROPY and operand.shape[:1] != (sum(parts),)):
+        classes = 1 if case.op is CROSS_ENTROPY else 0
+        if operand.shape[classes] != sum(parts):
             return gradient  # of hidden: whole in every process
-        return _gathered(gradient, 1 if case.op is CROSS_ENTROPY else 0, parts)
+        return _gathered(gradient, classes, parts)
 
     contract.check_in_parts(case, part, whole, backends[rank])
 
