@@ -383,8 +383,12 @@ def _second_derivatives_of_dtensors(rank: int) -> None:
 
     wanted = norm_derivative(x, target)
     there = distribute_tensor(x.detach(), mesh, [Shard(1)]).requires_grad_()
-    found = norm_derivative(there, distribute_tensor(target, mesh, [Replicate()]))
-    torch.testing.assert_close(found.full_tensor(), wanted)
+    copied = distribute_tensor(target, mesh, [Replicate()])
+    if torch.__version__ < "2.12":  # torch 2.11: what DTensor.to_local does backward has no derivative
+        with pytest.raises(RuntimeError, match="to not have been used in the graph"):
+            norm_derivative(there, copied)
+        return
+    torch.testing.assert_close(norm_derivative(there, copied).full_tensor(), wanted)
 
 
 def _tokens_and_classes(rank: int) -> None:

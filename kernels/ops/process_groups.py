@@ -57,8 +57,9 @@ def all_reduce(t: Tensor, operation: str, group: ProcessGroup) -> Tensor:
 
     wide = torch.promote_types(t.dtype, torch.float32) if t.is_floating_point() else t.dtype
     # Not dist.all_reduce, which writes into its operand: torch 2.11 compiles a wrong gradient from that.
-    found = functional.all_reduce(t.to(wide).contiguous(), operation, group)
-    return functional.wait_tensor(found).to(t.dtype)
+    found = functional.wait_tensor(functional.all_reduce(t.to(wide).contiguous(), operation, group)).to(t.dtype)
+    # Nor what comes out, or an alias of it: torch 2.11 compiles a gradient of zeros from that.
+    return found.clone() if torch.compiler.is_compiling() else found
 
 
 def gathered(t: Tensor, group: ProcessGroup) -> Tensor:
