@@ -1,9 +1,11 @@
-"""Operators on DTensors: every rank runs the kernel on what it holds, and nothing is communicated.
+"""Operators on DTensors: every rank runs the kernel on what it holds; what has to be communicated, an operator says.
 
 An operator says what its dims are to each other in a signature, such as ``"... D, D -> ... D"`` for RMSNorm: the dims
 of each tensor that goes in and of each that comes out. ``...`` stands for dims without a name, aligned at the right as
 in broadcasting. They, and dims with a name in lower case, may be sharded; every rank needs a dim whole whose name is in
-capitals, and those that ``*`` stands for. ``seed`` is a scalar from which every shard derives a seed of its own.
+capitals, and those that ``*`` stands for. A name with a + may be sharded too, over one dim of the mesh: the operator
+communicates over that, in the group that it is given, and what comes out is whole. ``seed`` is a scalar from which
+every shard derives a seed of its own.
 
 How the first tensor lies decides how the others must lie. What comes out is sharded as what went in; a sum over a
 sharded dim (a gradient of a weight, a summed loss) comes out as ``Partial``, and DTensor adds it up where it is used.
@@ -11,6 +13,7 @@ sharded dim (a gradient of a weight, a summed loss) comes out as ``Partial``, an
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -32,7 +35,7 @@ def is_sharded(tensor: Tensor | None) -> bool:
 
 
 def run(name: str, fn: Callable[..., Any], signature: str, tensors: Sequence[Tensor | None]) -> Any:
-    """``fn`` of the local parts of ``tensors``, as DTensors.
+    """``fn`` of the local parts of ``tensors``, as DTensors; with the ``group`` that shares an axis with a +, if any.
 
     Raises:
         TypeError: if DTensors are mixed with plain tensors.
@@ -52,10 +55,20 @@ def run(name: str, fn: Callable[..., Any], signature: str, tensors: Sequence[Ten
     own = axes(inputs[0], first.dim())
     sizes = dict(zip(own, first.shape, strict=True))
     cut = [_cut_axis(name, own, placement, m) for m, placement in enumerate(placements)]
+    if "+" in signature:
+        _cut_by_others(cut, sizes, tensors, inputs)
     local = [
         None if t is None else _local(name, t, names, first, sizes, cut)
         for t, names in zip(tensors, inputs, strict=True)
     ]
+    joined = [m for m, axis in enumerate(cut) if axis is not None and axis.endswith("+")]
+    if len(joined) > 1:
+        raise ValueError(
+            f"{name}: the classes may be sharded over one mesh dim only, but mesh dims {joined} shard them; "
+            "gather them over the others, e.g. t.redistribute(placements=...)"
+        )
+    for m in joined:
+        fn, cut[m] = functools.partial(fn, group=mesh.get_group(m)), None  # what fn returns is whole
     return _wrap(fn(*local), outputs, cut, sizes, mesh)
 
 
@@ -122,6 +135,26 @@ def _cut_axis(name: str, own: Sequence[str], placement: Placement, m: int) -> st
             "gather it first, e.g. x.redistribute(placements=[Replicate()]), or shard another dim"
         )
     return axis
+
+
+def _cut_by_others(
+    cut: list[str | None],
+    sizes: dict[str, int],
+    tensors: Sequence[Tensor | None],
+    inputs: Sequence[Sequence[str]],
+) -> None:
+    """Enter the axes with a + that the first tensor lacks, and that others are sharded over where it holds copies."""
+    from torch.distributed.tensor import Shard
+
+    for t, names in zip(tensors[1:], inputs[1:], strict=True):
+        if t is None or "+" not in "".join(names):
+            continue
+        own = axes(names, t.dim())
+        new = {axis: size for axis, size in zip(own, t.shape, strict=True) if axis[-1] == "+" and axis not in sizes}
+        for m, placement in enumerate(cast("DTensor", t).placements):
+            if cut[m] is None and isinstance(placement, Shard) and own[placement.dim] in new:
+                cut[m] = own[placement.dim]
+        sizes.update(new)
 
 
 def _local(

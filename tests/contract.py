@@ -110,7 +110,7 @@ def check_result_dtype(case: Case, *, autocast: bool) -> None:
 
 
 def check_sharded(case: Case, mesh: DeviceMesh) -> str:
-    """Over a mesh of one dim, each dim that may be sharded is, in turn; nothing is communicated."""
+    """Over a mesh of one dim, each dim that may be sharded is, in turn; nothing is communicated that need not be."""
     from torch.distributed.tensor import Replicate, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -124,13 +124,15 @@ def check_sharded(case: Case, mesh: DeviceMesh) -> str:
     if any(t is not None and t.dtype == torch.int64 and t.dim() == 0 for t in tensors):
         return "drawn"  # from a seed of each shard's own
     names, _ = sharding.parse(case.op.axes if isinstance(case.op.axes, str) else case.op.axes(*tensors, **options))
-    own = sharding.axes(names[0], tensors[0].dim())
-    sizes = dict(zip(own, tensors[0].shape, strict=True))
+    sizes = dict(zip(sharding.axes(names[0], tensors[0].dim()), tensors[0].shape, strict=True))
+    for t, own in zip(tensors[1:], names[1:], strict=True):
+        named = zip(sharding.axes(own, t.dim()), t.shape, strict=True) if t is not None else ()
+        sizes.update((axis, size) for axis, size in named if axis.endswith("+"))
 
     def distribute(t: Tensor, placements: list[Any]) -> Tensor:
         return distribute_tensor(t.detach(), mesh, placements).requires_grad_(t.requires_grad)
 
-    for axis in (a for a in own if not a.isupper() and sizes[a] >= mesh.size()):
+    for axis in (a for a, size in sizes.items() if not a.isupper() and size >= mesh.size()):
         there = {
             id(t): distribute(t, sharding.layout(n, t.shape, sizes, [axis])[0])
             for t, n in zip(tensors, names, strict=True)
@@ -144,12 +146,31 @@ def check_sharded(case: Case, mesh: DeviceMesh) -> str:
             got = _gradients(outputs, leaves, own_cotangents)
         whole = Results({name: value.full_tensor() for name, value in got.values.items()})
         _compare(case, call, cotangents, whole, _gradients)
+        if axis.endswith("+"):  # communicated over; test_vocab_parallel.py counts
+            continue
         with CommDebugMode() as communication:
             outputs, leaves = _run(case.op.fn, sharded_call)
             _gradients(outputs, leaves, own_cotangents)
         # A mean over all shards is two numbers added up over the ranks.
         assert communication.get_total_counts() <= (0 if outputs[0].dim() else 2)
     return "agreed"
+
+
+def check_in_parts(
+    case: Case, part: Callable[[Call], Call], whole: Callable[[Tensor, Tensor], Tensor], backend: str
+) -> None:
+    """A process that computes with ``part`` of the call has the whole result, and its part of each gradient.
+
+    ``whole`` makes the gradient of an operand of that, and of the parts that other processes have.
+    """
+    call = case.call()
+    with use_backend(backend), poisoned_allocations():
+        outputs, leaves = _run(case.op.fn, part(call))
+        cotangents = case.cotangents(outputs)
+        parts = torch.autograd.grad(outputs, leaves, cotangents)
+    operands = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.requires_grad]
+    gradients = [whole(t, g) for t, g in zip(operands, parts, strict=True)]
+    _compare(case, call, cotangents, _results(outputs, gradients, operands), _gradients)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ block of a ResNet (He et al., 2016).
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,9 @@ from .. import dispatch
 from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
+from . import process_groups
 from .batch_norm_pieces import PLAIN, Pieces, gradients, moments, normalize, parameter_gradients, sums
-from .batch_norm_sync import check_group, synchronized
+from .batch_norm_sync import synchronized
 from .channel_norm import ACTIVATIONS, activation_name, check, dense, draw_images
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def batch_norm_act(
         statistics = (running_mean, running_var)
         return dispatch.run(BATCH_NORM_ACT, x, weight, bias, residual, *statistics, training=False, **options)
     if group is not None:
-        check_group("batch_norm_act", x, group)
+        process_groups.check_group("batch_norm_act", x, group)
     shared = group is not None and group.size() > 1
     elements = x[:, :1].numel()
     if elements == 1 and not shared:
@@ -201,11 +201,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchNormAct2d:
-        memo[id(self.process_group)] = self.process_group  # a handle: torch refuses to copy it
-        copied = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
+        return process_groups.deepcopy(self, self.process_group, memo)
 
     def extra_repr(self) -> str:
         """The arguments."""

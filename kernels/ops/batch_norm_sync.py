@@ -20,37 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import sharding
 from ..autograd import Gradients, fused, vjp
 from .batch_norm_pieces import PLAIN, Pieces, channel_sum, parameter_gradients
 from .channel_norm import per_channel
+from .process_groups import all_reduce
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-def check_group(name: str, x: Tensor, group: Any) -> None:
-    """Raise unless ``group`` can synchronize x.
-
-    Raises:
-        RuntimeError: if torch.distributed is not initialized.
-        TypeError: if group is no process group with this process in it, or x is a DTensor.
-    """
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError(
-            f"{name}: group needs torch.distributed, which is not initialized; call "
-            "torch.distributed.init_process_group first, or pass group=None in a single process"
-        )
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"{name}: group must be a torch.distributed.ProcessGroup with this process in it, got {group!r}; "
-            "e.g. torch.distributed.group.WORLD"
-        )
-    if sharding.is_sharded(x):
-        raise TypeError(
-            f"{name}: group is for plain tensors, one batch a process, got x of type DTensor; "
-            "pass x.to_local(), with the parameters and the residual local too"
-        )
 
 
 def reference(
@@ -79,11 +55,8 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, t, group):
-        from torch.distributed import _functional_collectives as functional
-
         ctx.group = group
-        # Not dist.all_reduce, which writes into its operand: torch 2.11 compiles a wrong gradient from that.
-        return functional.wait_tensor(functional.all_reduce(t.contiguous(), "sum", group))
+        return all_reduce(t, "sum", group)
 
     @staticmethod
     def backward(ctx, grad):

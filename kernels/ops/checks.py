@@ -140,14 +140,14 @@ def memory_budget(name: str, budget: int | None) -> None:
         raise ValueError(f"{name}: memory_budget must be positive, in bytes, got {budget}; None is the default")
 
 
-def class_indices(name: str, target: Tensor, classes: int, ignore_index: int) -> None:
+def class_indices(name: str, target: Tensor, classes: int | Tensor, ignore_index: int) -> None:
     """Raise if a target on the CPU is out of range. On a GPU the look would stall the stream."""
     if target.device.type != "cpu" or torch.compiler.is_compiling() or dispatch.seen_into([target]):
         return
     outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if outside.any():
         raise IndexError(
-            f"{name}: target must be in [0, {classes}) or ignore_index ({ignore_index}), "
+            f"{name}: target must be in [0, {int(classes)}) or ignore_index ({ignore_index}), "
             f"got {target[outside][0].item()}; check the vocabulary size and the padding value"
         )
 

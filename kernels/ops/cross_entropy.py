@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,58 +26,25 @@ from .. import dispatch, sharding
 from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
-from . import checks
+from . import checks, process_groups, vocab_parallel
+from .cross_entropy_pieces import as_rows, gradient, loss_and_statistics, loss_of, scores
+from .loss_weights import divisor
 from .soft_target_cross_entropy import soft_target_cross_entropy
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def reference(
     x: Tensor, target: Tensor, weight: Tensor | None, *, softcap: float | None, z_loss: float, **options: Any
 ) -> Tensor:
     """Cross-entropy in plain PyTorch: x [N, C, d1, …] and target [N, d1, …], or x [C] and a scalar target."""
+    if "group" in options:
+        return vocab_parallel.reference(x, target, weight, softcap=softcap, z_loss=z_loss, **options)
     classes = 1 if x.dim() > 1 else 0
-    s = _scores(x, target == options["ignore_index"], softcap)
+    s = scores(x, target == options["ignore_index"], softcap)
     lse = torch.logsumexp(s, classes) if z_loss else None
-    return _loss(torch.log_softmax(s, classes), lse, target, weight, z_loss=z_loss, **options).to(x.dtype)
-
-
-def _scores(x: Tensor, ignored: Tensor, softcap: float | None) -> Tensor:
-    """The capped logits in float32 or wider, 0 where ignored: neither inf nor NaN there reaches a sum."""
-    s = x.to(torch.promote_types(x.dtype, torch.float32))
-    s = s.masked_fill(ignored.unsqueeze(1 if x.dim() > 1 else 0), 0.0)
-    return s if softcap is None else softcap * torch.tanh(s / softcap)
-
-
-def _loss(
-    logp: Tensor,
-    lse: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    *,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-) -> Tensor:
-    """The losses, or their sum or mean, of log-probabilities; lse is needed for the z-loss alone."""
-    classes = 1 if logp.dim() > 1 else 0
-    ignored = target == ignore_index
-    index = target.long().masked_fill(ignored, 0)
-    w = torch.ones_like(index, dtype=logp.dtype) if weight is None else weight.to(logp.dtype)[index]
-    loss = -(1.0 - label_smoothing) * w * logp.gather(classes, index.unsqueeze(classes)).squeeze(classes)
-    if label_smoothing:
-        if weight is None:
-            every = logp.sum(classes)
-        else:
-            every = (logp * weight.to(logp.dtype).view(-1, *[1] * (logp.dim() - classes - 1))).sum(classes)
-        loss = loss - label_smoothing / logp.shape[classes] * every
-    if lse is not None:
-        loss = loss + z_loss * w * lse.square()
-    loss = loss.masked_fill(ignored, 0.0)
-    if reduction != "none":
-        loss = loss.sum()
-    if reduction == "mean":
-        loss = loss / w.masked_fill(ignored, 0.0).sum()
-    return loss
+    return loss_of(torch.log_softmax(s, classes), lse, target, weight, z_loss=z_loss, **options).to(x.dtype)
 
 
 def cross_entropy(
@@ -90,6 +57,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Cross-entropy between logits and class indices, as ``torch.nn.functional.cross_entropy``, and more.
 
@@ -106,24 +74,29 @@ def cross_entropy(
         label_smoothing: ε in [0, 1].
         softcap: if given, x is first replaced by ``softcap·tanh(x / softcap)``.
         z_loss: factor of lse², which keeps the normalizer near 1.
+        group: of processes that hold parts of the classes, in their order: x and weight are of this process's classes,
+            and all else is the same in every process, the loss too. See ``vocab_parallel.py``. DTensors need none:
+            their classes may be sharded, over one dim of the mesh.
 
     Returns:
         The losses, like target, or their mean or sum, a scalar; in x's dtype (float32 under autocast).
 
     Raises:
-        TypeError: if x is not floating point, or target is boolean.
+        RuntimeError: if there is a group, but torch.distributed is not initialized.
+        TypeError: if x is not floating point, or target is boolean; or if group is no process group, or comes with a
+            DTensor.
         ValueError: if shapes do not fit, an option is out of range, weight requires a gradient, or class probabilities
-            are combined with z_loss or an ``ignore_index``.
+            are combined with z_loss, an ``ignore_index`` or a group.
         IndexError: if a target on the CPU is out of range. On a GPU, where looking would stall the stream, the loss of
             such a position is NaN, and so is its gradient.
     """
-    if type(x) is not Tensor and has_torch_function_unary(x):  # deferred logits, for one (fuse/deferred.py)
+    if group is None and type(x) is not Tensor and has_torch_function_unary(x):  # deferred logits (fuse/deferred.py)
         loss: Tensor = handle_torch_function(
             cross_entropy, (x,), x, target, weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, softcap=softcap, z_loss=z_loss,
         )  # fmt: skip
         return loss
-    if target.is_floating_point() and not z_loss:
+    if target.is_floating_point() and not (z_loss or group is not None):
         if ignore_index >= 0:
             raise ValueError(
                 f"cross_entropy: class probabilities have no ignore_index, got {ignore_index}; leave it out"
@@ -133,30 +106,43 @@ def cross_entropy(
         )
     _check(x, target, weight)
     checks.loss_options("cross_entropy", reduction, label_smoothing, softcap, weight=weight)
-    checks.class_indices("cross_entropy", target, x.shape[1 if x.dim() > 1 else 0], ignore_index)
-    options = {
+    options: dict[str, Any] = {
         "ignore_index": int(ignore_index),
         "label_smoothing": float(label_smoothing),
         "softcap": None if softcap is None else float(softcap),
         "z_loss": float(z_loss),
     }
+    if group is not None:
+        process_groups.check_group("cross_entropy", x, group)
+    if group is not None and group.size() > 1:
+        options["group"] = group
+    else:
+        checks.class_indices("cross_entropy", target, x.shape[1 if x.dim() > 1 else 0], ignore_index)
     if reduction == "mean" and sharding.is_sharded(x):
         # The mean over all shards is not the mean of their means.
-        counted = functools.partial(_counted_weight, ignore_index=int(ignore_index))
-        normalizer = sharding.run("cross_entropy", counted, "n ..., C -> ", (target, weight))
+        counted = functools.partial(divisor, token_weight=None, ignore_index=int(ignore_index))
+        normalizer = sharding.run("cross_entropy", counted, "n ..., c+ -> ", (target, weight))
         return dispatch.run(CROSS_ENTROPY, x, target, weight, reduction="sum", **options) / normalizer
     return dispatch.run(CROSS_ENTROPY, x, target, weight, reduction=reduction, **options)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """Drop-in for ``torch.nn.CrossEntropyLoss``: same arguments and two more; runs :func:`cross_entropy`."""
+    """Drop-in for ``torch.nn.CrossEntropyLoss``: same arguments and three more; runs :func:`cross_entropy`."""
 
     softcap: float | None = None
     z_loss: float = 0.0
+    group: ProcessGroup | None = None
 
-    def __init__(self, *args: Any, softcap: float | None = None, z_loss: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        group: ProcessGroup | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.softcap, self.z_loss = softcap, z_loss
+        self.softcap, self.z_loss, self.group = softcap, z_loss, group
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """Logits [N, C, …] and targets [N, …] → the loss."""
@@ -169,23 +155,19 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             label_smoothing=self.label_smoothing,
             softcap=self.softcap,
             z_loss=self.z_loss,
+            group=self.group,
         )
 
-
-def _counted_weight(target: Tensor, weight: Tensor | None, *, ignore_index: int) -> Tensor:
-    """Σ w_t over the positions that count: what "mean" divides by."""
-    counts = target != ignore_index
-    if weight is None:
-        return counts.sum()
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))[target.long()[counts]].sum()
+    def __deepcopy__(self, memo: dict[int, Any]) -> CrossEntropyLoss:
+        return process_groups.deepcopy(self, self.group, memo)
 
 
 def _check(x: Tensor, target: Tensor, weight: Tensor | None) -> None:
     checks.floating("cross_entropy", x=x)
     if target.is_floating_point():
         raise ValueError(
-            "cross_entropy: z_loss needs class indices as target, got class probabilities "
-            f"({target.dtype}); leave it out, or pass integers"
+            "cross_entropy: z_loss and group need class indices as target, got class probabilities "
+            f"({target.dtype}); leave them out, or pass integers"
         )
     if target.dtype == torch.bool or target.is_complex():
         raise TypeError(f"cross_entropy: target must be integers or probabilities, got {target.dtype}; target.long()?")
@@ -205,17 +187,20 @@ def _check(x: Tensor, target: Tensor, weight: Tensor | None) -> None:
 
 
 def _triton(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
+    if "group" in options:
+        return vocab_parallel.run("triton", x, target, weight, **options)
     from ..triton import cross_entropy as kernels
 
     second = vjp(reference)
     if x.dim() == 2:
         return fused(kernels.forward, kernels.backward, second, (x, target, weight), options)
-    logits = x.movedim(1, -1).flatten(0, -2) if x.dim() > 1 else x[None]
-    loss = fused(kernels.forward, kernels.backward, second, (logits, target.flatten(), weight), options)
+    loss = fused(kernels.forward, kernels.backward, second, (as_rows(x), target.flatten(), weight), options)
     return loss.view(target.shape) if options["reduction"] == "none" else loss
 
 
 def _compiled(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
+    if "group" in options:
+        return vocab_parallel.run("compile", x, target, weight, **options)
     return fused(_compiled_forward, _compiled_backward, vjp(reference), (x, target, weight), options)
 
 
@@ -225,73 +210,12 @@ def _compiled_forward(x: Tensor, target: Tensor, weight: Tensor | None, **option
 
 
 def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
-    return compiled_call(_gradient, (*grads, *saved), options), None, None
+    return compiled_call(gradient, (*grads, *saved), options), None, None
 
 
 def _with_statistics(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
     loss, *statistics = loss_and_statistics(x, target, weight, **options)
     return loss.to(x.dtype), *statistics
-
-
-def loss_and_statistics(
-    x: Tensor, target: Tensor, weight: Tensor | None, *, softcap: float | None, z_loss: float, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, max s, log Σ exp(s − max s)): log_softmax spelled out, for the statistics."""
-    classes = 1 if x.dim() > 1 else 0
-    s = _scores(x, target == options["ignore_index"], softcap)
-    peak = s.amax(classes, keepdim=True)
-    log_sum = (s - peak).exp().sum(classes, keepdim=True).log()
-    lse = (peak + log_sum).squeeze(classes) if z_loss else None
-    loss = _loss(s - peak - log_sum, lse, target, weight, z_loss=z_loss, **options)
-    return loss, peak, log_sum
-
-
-def replace_by_gradient(
-    x: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, peak: Tensor, log_sum: Tensor, **options: Any
-) -> None:
-    """Write the gradient of Σ scale·loss over the logits x [N, C]."""
-    x.copy_(_gradient(scale, x, target, weight, peak, log_sum, reduction="none", **options))
-
-
-def _gradient(
-    grad: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    peak: Tensor,
-    log_sum: Tensor,
-    *,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    softcap: float | None,
-    z_loss: float,
-) -> Tensor:
-    """The gradient of the logits in closed form: x is read once and nothing of its size is kept."""
-    classes = 1 if x.dim() > 1 else 0
-    C = x.shape[classes]
-    ignored = (target == ignore_index).unsqueeze(classes)
-    index = target.long().unsqueeze(classes).masked_fill(ignored, 0)
-    s = _scores(x, ignored.squeeze(classes), softcap)
-    w = torch.ones_like(peak) if weight is None else weight.to(s.dtype)[index]
-    if grad.dim():
-        grad = grad.unsqueeze(classes)
-    if reduction == "mean":
-        grad = grad / w.masked_fill(ignored, 0.0).sum()
-    pull = (1.0 - label_smoothing) * w
-    push = pull
-    every = torch.arange(C, device=x.device).view(-1, *[1] * (x.dim() - classes - 1))
-    ds = torch.where(every == index, -pull, 0.0)
-    if label_smoothing:
-        each = torch.ones_like(every, dtype=s.dtype) if weight is None else weight.to(s.dtype).view(every.shape)
-        ds = ds - label_smoothing / C * each
-        push = push + label_smoothing / C * each.sum()
-    if z_loss:
-        push = push + 2.0 * z_loss * w * (peak + log_sum)
-    ds = (ds + (s - peak - log_sum).exp() * push) * grad
-    if softcap is not None:
-        ds = ds * (1.0 - (s / softcap).square())
-    return ds.masked_fill(ignored, 0.0).to(x.dtype)
 
 
 def _aten(
@@ -342,7 +266,7 @@ def _errors() -> Iterator[ErrorInput]:
     weight = torch.ones(8, requires_grad=True)
     yield ErrorInput(Call((x.long(), target)), TypeError, r"x must be a floating-point.*int64")
     yield ErrorInput(Call((x, target > 0)), TypeError, r"target must be integers or probabilities, got torch.bool")
-    yield ErrorInput(Call((x, x), {"z_loss": 1e-4}), ValueError, "z_loss needs class indices as target")
+    yield ErrorInput(Call((x, x), {"z_loss": 1e-4}), ValueError, "need class indices as target")
     yield ErrorInput(Call((x, x), {"ignore_index": 0}), ValueError, "probabilities have no ignore_index, got 0")
     yield ErrorInput(Call((torch.tensor(1.0), target)), ValueError, "dimension of classes, got a scalar")
     yield ErrorInput(Call((x, target[:1])), ValueError, r"target must have the shape.*\(2,\), got \(1,\)")
@@ -376,7 +300,7 @@ def _traffic(
 
 
 def _axes(*_: Tensor | None, reduction: str, **__: Any) -> str:
-    return "n C ..., n ..., C -> " + ("n ..." if reduction == "none" else "")
+    return "n c+ ..., n ..., c+ -> " + ("n ..." if reduction == "none" else "")
 
 
 _SHARED_WEIGHTS = "every row reads the class weights again; caches serve them"

@@ -44,8 +44,7 @@ def in_chunks(
     counted: Tensor | None,
     scale: Tensor | None,
     needs: Sequence[bool],
-    budget: int | None,
-    beside: int = 0,
+    rows: int,
 ) -> Found:
     """Losses and gradients of hidden [N, D] before a head [C, D].
 
@@ -57,15 +56,13 @@ def in_chunks(
         counted: the rows that count; None for all. The others cost nothing.
         scale: [N], of each loss in the sum that is differentiated; None if no gradient is needed.
         needs: whether hidden, weight and bias need a gradient.
-        budget: bytes that the tensors of a chunk may take; None for half of the weight's own, at least LEAST_BUDGET.
-        beside: bytes for each row that the loss needs beside the logits.
+        rows: how many a chunk may have.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     wants_hidden, wants_weight, wants_bias = needs if scale is not None else (False, False, False)
     losses = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
     dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wants_hidden else None
     dw = db = None
-    rows = rows_within(budget, weight, beside)
     memory = hidden.new_empty(min(rows, len(hidden)), len(weight))
     for index in _chunks(len(hidden), counted, rows):
         h = hidden[index]
@@ -82,12 +79,16 @@ def in_chunks(
     return Found(losses, dh, _held(dw, weight, wants_weight), _held(db, bias, wants_bias))
 
 
-def rows_within(budget: int | None, weight: Tensor, beside: int = 0) -> int:
-    """How many rows a chunk may have. The gradient takes the place of the logits; the CPU widens it for one product."""
+def rows_within(budget: int | None, weight: Tensor, classes: int, beside: int = 0) -> int:
+    """How many rows a chunk may have, before a head of so many classes that is otherwise like weight [·, D].
+
+    The gradient takes the place of the logits; the CPU widens it for one product. The budget is the bytes that both may
+    take, and what the loss needs beside them for each row; None for half of the head's own, at least LEAST_BUDGET.
+    """
     if budget is None:
-        budget = max(LEAST_BUDGET, weight.numel() * weight.element_size() // 2)
+        budget = max(LEAST_BUDGET, classes * weight.shape[1] * weight.element_size() // 2)
     each = weight.element_size() + (4 if weight.element_size() < 4 and weight.device.type == "cpu" else 0)
-    return max(1, budget // max(1, len(weight) * each + beside))
+    return max(1, budget // max(1, classes * each + beside))
 
 
 def _chunks(N: int, counted: Tensor | None, most: int) -> Iterator[slice | Tensor]:

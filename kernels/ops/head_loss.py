@@ -16,7 +16,8 @@ from torch import Tensor
 from .. import dispatch
 from ..autograd import Gradients, fused
 from .autocast import autocast_operands, without_autocast
-from .head_chunks import Found, Losses, counted_rows, held_dtype, in_chunks, scaled
+from .head_chunks import Found, Losses, counted_rows, held_dtype, in_chunks, rows_within, scaled
+from .loss_weights import token_weights
 
 #: Not "braze" where this folder is found as a package of its own (transformers looks for one named ``kernels``): to
 #: register an operator anew pulls the first one from under its users.
@@ -47,7 +48,7 @@ class HeadLoss:
     impls: Mapping[str, Callable[..., Tensor]]
     #: ``losses_of(chunk, *tensors, **options)``: the losses behind the head, computed by ``chunk``, one of ``impls``.
     losses_of: Callable[..., Losses]
-    #: ``divisor(*tensors, ignore_index=...)``: what "mean" divides Σ u·loss by.
+    #: ``divisor(*tensors, **options)``: what "mean" divides Σ u·loss by.
     divisor: Callable[..., Tensor]
     #: Its further tensors and its options, as the schema of an operator writes them.
     tensors: str
@@ -56,6 +57,8 @@ class HeadLoss:
     operands: Sequence[int] = (0, 1, 3)
     #: Which of the tensors is u, a weight of each token, if one is.
     token_weight: int | None = None
+    #: ``classes(*tensors, **options)``: how many, for the size of a chunk.
+    classes: Callable[..., int] = lambda hidden, weight, *_, **__: len(weight)
     #: Bytes for each token that a chunk takes beside its logits.
     beside: Callable[..., int] = lambda *_: 0
 
@@ -105,7 +108,7 @@ class HeadLoss:
             return losses.view(hidden.shape[:-1]), found, None
         if reduction == "sum":
             return losses.sum(), found, None
-        whole = self.divisor(*tensors, ignore_index=options["ignore_index"]).to(u.dtype)
+        whole = self.divisor(*tensors, **options).to(u.dtype)
         return losses.sum() / whole, found, whole
 
     def gradients(
@@ -143,8 +146,10 @@ class HeadLoss:
         (hidden, weight, bias), target = learned(tensors), tensors[2]
         losses_of = self.losses_of(chunk, *tensors, ignore_index=ignore_index, **options)
         counted = None if target is None else counted_rows(ignored_tokens(hidden, target, ignore_index))
-        rows, beside = hidden.reshape(-1, hidden.shape[-1]), self.beside(*tensors)
-        found = in_chunks(losses_of, rows, weight, bias, counted, scale, needs, memory_budget, beside)
+        classes = self.classes(*tensors, ignore_index=ignore_index, **options)
+        most = rows_within(memory_budget, weight, classes, self.beside(*tensors))
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        found = in_chunks(losses_of, rows, weight, bias, counted, scale, needs, most)
         return found._replace(hidden=None if found.hidden is None else found.hidden.view(hidden.shape))
 
     def _token_weights(self, tensors: Tensors, ignore_index: int) -> Tensor:
@@ -159,13 +164,6 @@ def ignored_tokens(hidden: Tensor, target: Tensor | None, ignore_index: int) -> 
     if target is None:
         return torch.zeros(hidden.shape[:-1].numel(), dtype=torch.bool, device=hidden.device)
     return target.flatten() == ignore_index
-
-
-def token_weights(ignored: Tensor, token_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """u of every token, [N]: 0 where it is ignored."""
-    if token_weight is None:
-        return (~ignored).to(dtype)
-    return token_weight.flatten().to(dtype).masked_fill(ignored, 0.0)
 
 
 def called(function: Callable[..., Any], tensors: Sequence[Any], options: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,22 @@ from torch import Tensor
 from .. import dispatch, sharding
 from ..autograd import vjp
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
-from . import checks
+from . import checks, process_groups
 from . import cross_entropy as cross_entropy_op
 from . import linear_cross_entropy_chunks as chunks
-from .head_loss import token_weights
-from .linear_cross_entropy_chunks import divisor, loss_dtype
+from .linear_cross_entropy_chunks import loss_dtype
+from .loss_weights import divisor, token_weights
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
-def reference(
+def reference(*tensors: Any, **options: Any) -> Tensor:
+    """In plain PyTorch; in a group in chunks, as the processes beside this one: they would wait for each other."""
+    return (_implementation("eager") if "group" in options else _with_logits)(*tensors, **options)
+
+
+def _with_logits(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -56,7 +64,8 @@ def reference(
         return losses.view(target.shape).to(dtype)
     total = losses.sum()
     if reduction == "mean":
-        total = total / divisor(target, class_weight, token_weight, ignore_index=ignore_index)
+        group = options.get("group")
+        total = total / divisor(target, class_weight, token_weight, ignore_index=ignore_index, group=group)
     return total.to(dtype)
 
 
@@ -75,6 +84,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     memory_budget: int | None = None,
     dtype: torch.dtype | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """``cross_entropy(F.linear(hidden, weight, bias), target)``, with no logits in memory.
 
@@ -99,13 +109,19 @@ def linear_cross_entropy(
             as much as the weight takes, at least 64 MiB: on a chunk of about D / 4 tokens the products are as fast as
             on all.
         dtype: of the loss; None is hidden's (float32 under autocast).
+        group: of processes that hold parts of the classes, in their order: weight, bias and class_weight are of this
+            process's classes, and all else is the same in every process. So is the loss, and in the backward pass the
+            gradient of hidden, which is added up over the processes: hidden is what they hold copies of, not what an
+            all-reduce of their own has made whole. DTensors need no group: the weight may be sharded in classes where
+            hidden is not, over one dim of the mesh; hidden's gradient comes out as ``Partial``.
 
     Returns:
         The losses [...], or their mean or sum, a scalar.
 
     Raises:
+        RuntimeError: if there is a group, but torch.distributed is not initialized.
         TypeError: if hidden, weight or bias is not floating point, or they differ in dtype without autocast; or if the
-            target is not of integers.
+            target is not of integers; or if group is no process group, or comes with a DTensor.
         ValueError: if shapes do not fit, an option is out of range, or class_weight or token_weight requires a
             gradient.
         IndexError: if a target on the CPU is out of range. On a GPU the loss of such a token is NaN.
@@ -114,9 +130,7 @@ def linear_cross_entropy(
     checks.linear_operands(name, hidden=(hidden, "D"), weight=(weight, "CD"), bias=(bias, "C"))
     _check(hidden, weight, target, class_weight, token_weight, memory_budget)
     checks.loss_options(name, reduction, label_smoothing, softcap, class_weight=class_weight, token_weight=token_weight)
-    checks.class_indices(name, target, len(weight), ignore_index)
-    tensors = (hidden, weight, target, bias, class_weight, token_weight)
-    options = {
+    options: dict[str, Any] = {
         "ignore_index": int(ignore_index),
         "label_smoothing": float(label_smoothing),
         "softcap": None if softcap is None else float(softcap),
@@ -124,10 +138,18 @@ def linear_cross_entropy(
         "memory_budget": memory_budget,
         "dtype": dtype,
     }
+    if group is not None:
+        process_groups.check_group(name, hidden, group)
+    if group is not None and group.size() > 1:
+        options["group"] = group
+        hidden = process_groups.shared(hidden, group)
+    else:
+        checks.class_indices(name, target, len(weight), ignore_index)
+    tensors = (hidden, weight, target, bias, class_weight, token_weight)
     if reduction == "mean" and sharding.is_sharded(hidden):
         # The mean over all shards is not the mean of their means.
         counted = functools.partial(divisor, ignore_index=int(ignore_index))
-        whole = sharding.run(name, counted, "..., C, ... -> ", (target, class_weight, token_weight))
+        whole = sharding.run(name, counted, "..., c+, ... -> ", (target, class_weight, token_weight))
         return dispatch.run(LINEAR_CROSS_ENTROPY, *tensors, reduction="sum", **options) / whole
     return dispatch.run(LINEAR_CROSS_ENTROPY, *tensors, reduction=reduction, **options)
 
@@ -151,6 +173,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         softcap: likewise.
         z_loss: likewise.
         memory_budget: likewise.
+        group: likewise; num_classes and weight are then of this process's classes.
     """
 
     weight: Tensor | None
@@ -170,13 +193,14 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         softcap: float | None = None,
         z_loss: float = 0.0,
         memory_budget: int | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         checks.loss_options("LinearCrossEntropyLoss", reduction, label_smoothing, softcap, weight=weight)
         self.register_buffer("weight", weight)
         self.linear = torch.nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
         self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
-        self.softcap, self.z_loss, self.memory_budget = softcap, z_loss, memory_budget
+        self.softcap, self.z_loss, self.memory_budget, self.group = softcap, z_loss, memory_budget, group
 
     def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor:
         """Hidden states [..., D] and targets [...] → the loss."""
@@ -193,7 +217,11 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             softcap=self.softcap,
             z_loss=self.z_loss,
             memory_budget=self.memory_budget,
+            group=self.group,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LinearCrossEntropyLoss:
+        return process_groups.deepcopy(self, self.group, memo)
 
     def extra_repr(self) -> str:
         """What the linear layer does not say."""
@@ -228,7 +256,7 @@ def _implementation(backend: str) -> Any:
 
 
 def _second(grads: Any, *arguments: Any, **options: Any) -> Any:
-    return vjp(reference)(grads, *arguments, dtype=grads[0].dtype, **options)
+    return vjp(_with_logits)(grads, *arguments, dtype=grads[0].dtype, **options)
 
 
 def _aten(
@@ -346,7 +374,7 @@ LINEAR_CROSS_ENTROPY = Op(
     },
     flops=lambda N, D, C: 2 * N * D * C,
     aten=_aten,
-    axes=lambda *_, reduction, **__: "... D, C D, ..., C, C, ... -> " + ("..." if reduction == "none" else ""),
+    axes=lambda *_, reduction, **__: "... D, c+ D, ..., c+, c+, ... -> " + ("..." if reduction == "none" else ""),
     errors=_errors,
     variants={
         "default": {},

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..autograd import Gradients
 from ..compiled import compiled_call
-from . import cross_entropy
+from . import checks, cross_entropy_pieces, process_groups, vocab_parallel
 from .autocast import autocasting
 from .head_chunks import Losses
-from .head_loss import HeadLoss, as_one_node, called, token_weights
+from .head_loss import HeadLoss, as_one_node, called
+from .loss_weights import divisor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def loss_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of the loss: hidden's, or float32 under autocast."""
     return torch.float32 if autocasting(hidden.device.type) else hidden.dtype
-
-
-def divisor(target: Tensor, class_weight: Tensor | None, token_weight: Tensor | None, *, ignore_index: int) -> Tensor:
-    """Σ u_n·w_{t_n} over the tokens that count: what "mean" divides by."""
-    target = target.flatten()
-    ignored = target == ignore_index
-    dtypes = [t.dtype for t in (class_weight, token_weight) if t is not None]
-    u = token_weights(ignored, token_weight, functools.reduce(torch.promote_types, dtypes, torch.float32))
-    if class_weight is not None:
-        u = u * class_weight.to(u.dtype)[target.long().masked_fill(ignored, 0)]
-    return u.sum()
 
 
 def _torch_chunk(
@@ -43,9 +36,9 @@ def _torch_chunk(
 ) -> Tensor:
     """Two calls: compiled as one, torch 2.11 reads the target's logit after it has written the gradient over it."""
     operands = (logits, target, class_weight)
-    losses, *statistics = call(cross_entropy.loss_and_statistics, operands, {**options, "reduction": "none"})
+    losses, *statistics = call(cross_entropy_pieces.loss_and_statistics, operands, {**options, "reduction": "none"})
     if scale is not None:
-        call(cross_entropy.replace_by_gradient, (*operands, scale, *statistics), options)
+        call(cross_entropy_pieces.replace_by_gradient, (*operands, scale, *statistics), options)
     return losses
 
 
@@ -53,6 +46,24 @@ def _triton_chunk(logits: Tensor, target: Tensor, class_weight: Tensor | None, s
     from ..triton import cross_entropy as kernels
 
     return kernels.losses_and_gradient(logits, target, class_weight, scale, **options)
+
+
+_CHUNKS: dict[str, Callable[..., Tensor]] = {
+    "eager": functools.partial(_torch_chunk, called),
+    "compile": functools.partial(_torch_chunk, compiled_call),
+    "triton": _triton_chunk,
+}
+
+
+def _chunk(backend: str, *tensors: Any, group: ProcessGroup | None, **options: Any) -> Tensor:
+    if group is None:
+        return _CHUNKS[backend](*tensors, **options)
+    return vocab_parallel.chunk(backend, *tensors, group=group, **options)
+
+
+def _found(group: ProcessGroup | str | None) -> ProcessGroup | None:
+    """The group: in a compiled graph, whose operators take no objects, it goes by its name."""
+    return process_groups.named(group) if isinstance(group, str) else group
 
 
 def _losses_of(
@@ -63,28 +74,47 @@ def _losses_of(
     bias: Tensor | None,
     class_weight: Tensor | None,
     token_weight: Tensor | None,
+    *,
+    group: ProcessGroup | str | None = None,
     **options: Any,
 ) -> Losses:
-    target = target.flatten()
-    return lambda logits, index, scale: chunk(logits, target[index], class_weight, scale, **options)
+    target, found = target.flatten(), _found(group)
+    return lambda logits, index, scale: chunk(logits, target[index], class_weight, scale, group=found, **options)
 
 
-def _divisor(*tensors: Any, ignore_index: int) -> Tensor:
-    return divisor(tensors[2], *tensors[4:], ignore_index=ignore_index)
+def _divisor(*tensors: Any, ignore_index: int, group: ProcessGroup | str | None = None, **_: Any) -> Tensor:
+    return divisor(tensors[2], *tensors[4:], ignore_index=ignore_index, group=_found(group))
+
+
+def _classes(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *_: Any,
+    ignore_index: int,
+    group: ProcessGroup | str | None = None,
+    **__: Any,
+) -> int:
+    """Of the process that has most: all walk the same chunks, or they would wait for messages that nobody sends."""
+    found = _found(group)
+    if found is None:
+        return len(weight)
+    every = vocab_parallel.agreed_classes(_HEAD_LOSS.name, hidden, weight, found)
+    checks.class_indices(_HEAD_LOSS.name, target, sum(every), ignore_index)
+    return max(every)
 
 
 _HEAD_LOSS = HeadLoss(
     name="linear_cross_entropy",
-    impls={
-        "eager": functools.partial(_torch_chunk, called),
-        "compile": functools.partial(_torch_chunk, compiled_call),
-        "triton": _triton_chunk,
-    },
+    impls={backend: functools.partial(_chunk, backend) for backend in _CHUNKS},
     losses_of=_losses_of,
     divisor=_divisor,
+    classes=_classes,
     token_weight=5,
     tensors="Tensor? class_weight, Tensor? token_weight",
-    options="SymInt ignore_index, float label_smoothing, float? softcap, float z_loss, SymInt? memory_budget",
+    options=(
+        "SymInt ignore_index, float label_smoothing, float? softcap, float z_loss, SymInt? memory_budget, str? group"
+    ),
 )
 _as_one_node = as_one_node(_HEAD_LOSS)
 
@@ -97,7 +127,8 @@ def run(
     return _HEAD_LOSS.run(backend, second, *tensors, **options).to(dtype)
 
 
-def traced(*tensors: Any, dtype: torch.dtype | None, **options: Any) -> Tensor:
+def traced(*tensors: Any, dtype: torch.dtype | None, group: ProcessGroup | None = None, **options: Any) -> Tensor:
     """The operator as one node of a compiled graph."""
     dtype = dtype or loss_dtype(tensors[0])
-    return _as_one_node(*tensors, **options).to(dtype)
+    name = None if group is None else group.group_name
+    return _as_one_node(*tensors, group=name, **options).to(dtype)

@@ -107,7 +107,7 @@ def _losses_of(chunk: Callable[..., Tensor], *tensors: Any, ignore_index: int, *
     return lambda logits, index, scale: chunk(logits, F.linear(rows[index], weight, bias), scale, **options)
 
 
-def _divisor(hidden: Tensor, weight: Tensor, target: Tensor | None, *_: Any, ignore_index: int) -> Tensor:
+def _divisor(hidden: Tensor, weight: Tensor, target: Tensor | None, *_: Any, ignore_index: int, **__: Any) -> Tensor:
     return counted(hidden, target, ignore_index=ignore_index)
 
 

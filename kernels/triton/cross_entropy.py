@@ -26,15 +26,10 @@ MAX_BLOCK = 4_096
 
 
 @triton.jit
-def _forward(
-    x, target, weight, losses, row_weights, peaks, log_sums,
-    x_stride, N, V, ignore_index, smoothing, softcap, z_loss,
-    SMOOTHED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    t = tl.load(target + n, n < N, other=0).to(tl.int64)
-    counts = (n < N) & (t != ignore_index)
-    valid = counts & (t >= 0) & (t < V)
+def row_statistics(
+    x, weight, n, counts, x_stride, V, softcap, SMOOTHED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """m = max s, m or 0 where it is −∞, and of what is relative to that the sums; 0 for rows that do not count."""
     m = tl.full([BLOCK_N], float("-inf"), tl.float32)
     base = tl.zeros([BLOCK_N], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -59,6 +54,20 @@ def _forward(
                 w_c = tl.load(weight + v, v < V, other=0.0).to(tl.float32)
             gap += (base - before) * W + tl.sum(tl.where(inside, w_c[None, :] * (base[:, None] - s), 0.0), 1)
             W += tl.sum(w_c, 0)
+    return m, base, total, gap, W
+
+
+@triton.jit
+def _forward(
+    x, target, weight, losses, row_weights, peaks, log_sums,
+    x_stride, N, V, ignore_index, smoothing, softcap, z_loss,
+    SMOOTHED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.load(target + n, n < N, other=0).to(tl.int64)
+    counts = (n < N) & (t != ignore_index)
+    valid = counts & (t >= 0) & (t < V)
+    _, base, total, gap, W = row_statistics(x, weight, n, counts, x_stride, V, softcap, SMOOTHED, BLOCK_N, BLOCK_V)
     log_sum = tl.log(total)
     s_t = tl.load(x + n * x_stride + t, valid, other=float("nan")).to(tl.float32)
     if softcap is not None:
@@ -164,7 +173,7 @@ def _launch_forward(
     losses, row_weights = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
     peaks, log_sums = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
     if x.numel():
-        BLOCK_N, BLOCK_V, num_warps = _block(V)
+        BLOCK_N, BLOCK_V, num_warps = block(V)
         launch(_forward, (triton.cdiv(N, BLOCK_N),),
             logits, target.contiguous(), contiguous(weight), losses, row_weights if weighs_rows else None,
             peaks, log_sums, logits.stride(0), N, V, ignore_index, label_smoothing, softcap, z_loss or None,
@@ -181,7 +190,7 @@ def _launch_backward(
     N, V = logits.shape
     weight_sum = weight.sum(dtype=torch.float32) if weight is not None and label_smoothing else None
     if x.numel():
-        BLOCK_N, BLOCK_V, num_warps = _block(V)
+        BLOCK_N, BLOCK_V, num_warps = block(V)
         launch(_backward, (triton.cdiv(N, BLOCK_N), triton.cdiv(V, BLOCK_V)),
             grad, logits, target.contiguous(), contiguous(weight), peaks, log_sums, weight_sum, normalizer, dx,
             grad.stride(0) if grad.dim() else 0, logits.stride(0), N, V,
@@ -190,7 +199,7 @@ def _launch_backward(
         )  # fmt: skip
 
 
-def _block(V: int) -> tuple[int, int, int]:
+def block(V: int) -> tuple[int, int, int]:
     """Rows and logits of a block of about MAX_BLOCK elements, and the warps that work on it."""
     BLOCK_V = min(triton.next_power_of_2(V), MAX_BLOCK)
     return MAX_BLOCK // BLOCK_V, BLOCK_V, 8

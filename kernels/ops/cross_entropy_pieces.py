@@ -1,0 +1,121 @@
+"""Cross-entropy with its gradient in closed form, in plain PyTorch: what the compiled forms are made of.
+
+x is logits [N, C, d1, …] or [C]; the mathematics and the options are those of ``cross_entropy``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[N, C]: classes along another dim than the last are copied together."""
+    if x.dim() == 2:
+        return x
+    return x.movedim(1, -1).flatten(0, -2) if x.dim() > 1 else x[None]
+
+
+def scores(x: Tensor, ignored: Tensor, softcap: float | None) -> Tensor:
+    """The capped logits in float32 or wider, 0 where ignored: neither inf nor NaN there reaches a sum."""
+    s = x.to(torch.promote_types(x.dtype, torch.float32))
+    s = s.masked_fill(ignored.unsqueeze(1 if x.dim() > 1 else 0), 0.0)
+    return s if softcap is None else softcap * torch.tanh(s / softcap)
+
+
+def loss_of(
+    logp: Tensor,
+    lse: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """The losses, or their sum or mean, of log-probabilities; lse is needed for the z-loss alone."""
+    classes = 1 if logp.dim() > 1 else 0
+    ignored = target == ignore_index
+    index = target.long().masked_fill(ignored, 0)
+    w = torch.ones_like(index, dtype=logp.dtype) if weight is None else weight.to(logp.dtype)[index]
+    loss = -(1.0 - label_smoothing) * w * logp.gather(classes, index.unsqueeze(classes)).squeeze(classes)
+    if label_smoothing:
+        if weight is None:
+            every = logp.sum(classes)
+        else:
+            every = (logp * weight.to(logp.dtype).view(-1, *[1] * (logp.dim() - classes - 1))).sum(classes)
+        loss = loss - label_smoothing / logp.shape[classes] * every
+    if lse is not None:
+        loss = loss + z_loss * w * lse.square()
+    return reduced(loss.masked_fill(ignored, 0.0), w.masked_fill(ignored, 0.0), reduction)
+
+
+def reduced(losses: Tensor, weights: Tensor, reduction: str) -> Tensor:
+    """The losses, their sum, or the sum divided by that of their weights."""
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / weights.sum()
+
+
+def loss_and_statistics(
+    x: Tensor, target: Tensor, weight: Tensor | None, *, softcap: float | None, z_loss: float, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, max s, log Σ exp(s − max s)): log_softmax spelled out, for the statistics."""
+    classes = 1 if x.dim() > 1 else 0
+    s = scores(x, target == options["ignore_index"], softcap)
+    peak = s.amax(classes, keepdim=True)
+    log_sum = (s - peak).exp().sum(classes, keepdim=True).log()
+    lse = (peak + log_sum).squeeze(classes) if z_loss else None
+    loss = loss_of(s - peak - log_sum, lse, target, weight, z_loss=z_loss, **options)
+    return loss, peak, log_sum
+
+
+def replace_by_gradient(
+    x: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, peak: Tensor, log_sum: Tensor, **options: Any
+) -> None:
+    """Write the gradient of Σ scale·loss over the logits x [N, C]."""
+    x.copy_(gradient(scale, x, target, weight, peak, log_sum, reduction="none", **options))
+
+
+def gradient(
+    grad: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    peak: Tensor,
+    log_sum: Tensor,
+    *,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
+) -> Tensor:
+    """The gradient of the logits in closed form: x is read once and nothing of its size is kept."""
+    classes = 1 if x.dim() > 1 else 0
+    C = x.shape[classes]
+    ignored = (target == ignore_index).unsqueeze(classes)
+    index = target.long().unsqueeze(classes).masked_fill(ignored, 0)
+    s = scores(x, ignored.squeeze(classes), softcap)
+    w = torch.ones_like(peak) if weight is None else weight.to(s.dtype)[index]
+    if grad.dim():
+        grad = grad.unsqueeze(classes)
+    if reduction == "mean":
+        grad = grad / w.masked_fill(ignored, 0.0).sum()
+    pull = (1.0 - label_smoothing) * w
+    push = pull
+    every = torch.arange(C, device=x.device).view(-1, *[1] * (x.dim() - classes - 1))
+    ds = torch.where(every == index, -pull, 0.0)
+    if label_smoothing:
+        each = torch.ones_like(every, dtype=s.dtype) if weight is None else weight.to(s.dtype).view(every.shape)
+        ds = ds - label_smoothing / C * each
+        push = push + label_smoothing / C * each.sum()
+    if z_loss:
+        push = push + 2.0 * z_loss * w * (peak + log_sum)
+    ds = (ds + (s - peak - log_sum).exp() * push) * grad
+    if softcap is not None:
+        ds = ds * (1.0 - (s / softcap).square())
+    return ds.masked_fill(ignored, 0.0).to(x.dtype)
