@@ -19,9 +19,11 @@ Record = dict[str, Any]
 
 
 def write(path: Path, command: str, records: Sequence[Record]) -> None:
-    """Write ``{"command", "environment", "records"}`` as JSON."""
-    content = {"command": command, "environment": environment(), "records": list(records)}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    """Write ``{"command", "environment", "records"}`` as JSON, a line for each record."""
+    lines = ",\n".join(json.dumps(record) for record in records)
+    path.write_text(
+        f'{{"command": {json.dumps(command)}, "environment": {json.dumps(environment())}, "records": [\n{lines}\n]}}\n'
+    )
 
 
 def environment() -> dict[str, Any]:
