@@ -264,16 +264,9 @@ def traffic(
 DIMS = {"B": (0, 1, 3), "S": (1, 2, 33, 129), "D": (1, 31, 32, 33, 127, 129, 1023, 1025, 8193, 16_385)}
 # DiT-XL/2 at 256², FLUX.1 at 1024².
 BENCH = ({"B": 16, "S": 256, "D": 1152}, {"B": 1, "S": 4096, "D": 3072})
-AUDIT = ({"B": 1, "S": 1024, "D": 512}, {"B": 1, "S": 512, "D": 3072}, {"B": 2, "S": 16, "D": 32_768})
+AUDIT = ({"B": 1, "S": 1024, "D": 512}, {"B": 1, "S": 1024, "D": 3072}, {"B": 2, "S": 16, "D": 32_768})
 VARIANTS: dict[str, Options] = {"default": {}, "for each token": {"tokens": True}, "affine": {"affine": 2}}
 _RMS_VARIANTS: dict[str, Options] = {"default": {}, "weight": {"affine": 1}}
-
-
-def _folded(variant: str) -> dict[tuple[str, str], Excess]:
-    return {
-        (variant, "forward"): Excess(1.03, "scale and shift are folded with the norm's own weight and bias first"),
-        (variant, "backward"): Excess(1.04, "and their gradients unfolded last"),
-    }
 
 
 def _op(name: str, fn: Callable[..., Tensor], *, center: bool, **fields: Any) -> Op:
@@ -301,7 +294,10 @@ MODULATED_LAYER_NORM = _op(
     center=True,
     replaces="`F.layer_norm(x) * (1 + scale) + shift`: adaLN of DiT, FLUX, SD3",
     variants=VARIANTS,
-    excess=_folded("affine"),
+    excess={
+        ("affine", "forward"): Excess(1.03, "scale and shift are folded with the norm's own weight and bias first"),
+        ("affine", "backward"): Excess(1.04, "and their gradients unfolded last"),
+    },
     modules=(AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle),
 )
 
@@ -311,5 +307,4 @@ MODULATED_RMS_NORM = _op(
     center=False,
     replaces="`F.rms_norm(x) * (1 + scale) + shift`",
     variants=_RMS_VARIANTS,
-    excess=_folded("weight"),
 )
