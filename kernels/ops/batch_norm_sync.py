@@ -23,7 +23,7 @@ from torch import Tensor
 from ..autograd import Gradients, fused, vjp
 from .batch_norm_pieces import PLAIN, Pieces, channel_sum, parameter_gradients
 from .channel_norm import per_channel
-from .process_groups import all_reduce
+from .process_groups import added_up, shared
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,20 +47,8 @@ def reference(
 
 
 def _total(t: Tensor, group: ProcessGroup) -> Tensor:
-    return _Total.apply(t, group)
-
-
-class _Total(torch.autograd.Function):
     """The sum over all processes. What each of them makes of it depends on t: its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx, t, group):
-        ctx.group = group
-        return all_reduce(t, "sum", group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _total(grad, ctx.group), None
+    return shared(added_up(t, group), group)
 
 
 def synchronized(
