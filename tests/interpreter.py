@@ -1,7 +1,13 @@
-"""Where Triton's interpreter is laxer than a GPU: it cuts off what a GPU rounds, and lets a kernel touch any memory."""
+"""Where Triton's interpreter is laxer than a GPU: it cuts off what a GPU rounds, and lets a kernel touch any memory.
+
+And where it is slower than it need be: it looks the whole language up again at each call of a device function, and
+computes every integer twice for an assertion that only debugging evaluates.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +23,9 @@ def as_on_a_gpu() -> None:
     """Round a float32 to the nearest bfloat16, and refuse an access outside the tensors that a kernel was given."""
     _round_to_bfloat16()
     _guard_memory()
+    _replace_the_language_once()
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def _round_to_bfloat16() -> None:
@@ -60,6 +69,27 @@ def _guard_memory() -> None:
     guard("create_masked_load", pointer=0, mask=1)
     guard("create_masked_store", pointer=0, mask=2)
     guard("create_atomic_rmw", pointer=1, mask=3)
+
+
+def _replace_the_language_once() -> None:
+    """What the interpreter puts in place of the language's functions is found once, and set as a whole from then on."""
+    find = interpreter._patch_lang
+    # Kernels see the one, the language's own device functions the other.
+    everything = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    found: list[tuple[Any, str, Any, Any]] = []  # the owner of a name, the name, what it was, what it is meanwhile
+
+    def replace(kernel: Any) -> interpreter._LangPatchScope:
+        scope = interpreter._LangPatchScope()
+        if not found:
+            scope = find(everything)
+            found.extend((owner, name, was, getattr(owner, name)) for owner, name, was in scope._changes)
+        elif getattr(found[0][0], found[0][1]) is not found[0][3]:  # else within a kernel, where all is in place
+            for owner, name, was, new in found:
+                scope._changes.append((owner, name, was))
+                setattr(owner, name, new)
+        return scope
+
+    interpreter._patch_lang = replace
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
