@@ -17,7 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch._inductor
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from .autograd import Gradients, fused, vjp
 
@@ -54,17 +56,24 @@ def compiled(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Any:
     """``function(*tensors, **options)``, compiled, with no record for autograd; the options become constants."""
-    kind = (function, *map(_described, tensors), *sorted(options.items()))
+    surroundings = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+    )
+    constants = (function, surroundings, *sorted(options.items()))
+    exact = (constants, *((t.dtype, t.device, t.shape, t.stride()) if t is not None else None for t in tensors))
     # Detached: Dynamo looks at .grad, which warns where a tensor is not a leaf.
     detached = [None if t is None else t.detach() for t in tensors]
     with torch.no_grad():
-        place = kind, _constant_sizes(kind, tensors)
-        call = _calls.get(place)
+        call = _exact_calls.get(exact)
         if call is not None:
-            return call(*detached, **options)
-        call = _calls[place] = _new_call(function, place[1])
-        with torch._dynamo.config.patch(specialize_float=True):
-            return call(*detached, **options)
+            return call(*detached)
+        kind = (constants, *map(_described, tensors))
+        if _few(_shapes, kind, exact, MOST_SHAPES):
+            call = _exact_calls[exact] = _compile_exactly(function, detached, options)
+            return call(*detached)
+        return _flexible_call(function, kind, detached, options)
 
 
 def _described(t: Tensor | None) -> tuple[Any, ...] | None:
@@ -80,25 +89,9 @@ MOST_SHAPES = 2
 MOST_WIDTHS = 4
 _shapes: dict[tuple[Any, ...], set[Any]] = {}
 _widths: dict[tuple[Any, ...], set[Any]] = {}
-_calls: dict[tuple[Any, ...], Callable[..., Any]] = {}
+_exact_calls: dict[tuple[Any, ...], Callable[..., Any]] = {}
+_flexible_calls: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _serial = itertools.count()
-
-
-class _Shapes(tuple[Any, ...]):
-    """The shape and strides of every tensor."""
-
-
-class _Widths(tuple[int | None, ...]):
-    """The last size of every tensor of two dims or more."""
-
-
-def _constant_sizes(kind: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> _Shapes | _Widths:
-    """What is a constant of the code that runs for these tensors."""
-    shapes = _Shapes(None if t is None else (t.shape, t.stride()) for t in tensors)
-    if _few(_shapes, kind, shapes, MOST_SHAPES):
-        return shapes
-    widths = _Widths(t.shape[-1] if t is not None and t.dim() > 1 else None for t in tensors)
-    return widths if _few(_widths, kind, widths, MOST_WIDTHS) else _Widths()
 
 
 def _few(seen: dict[tuple[Any, ...], set[Any]], kind: tuple[Any, ...], sizes: Any, most: int) -> bool:
@@ -109,9 +102,41 @@ def _few(seen: dict[tuple[Any, ...], set[Any]], kind: tuple[Any, ...], sizes: An
     return sizes in known
 
 
-def _new_call(function: Callable[..., Any], sizes: _Shapes | _Widths) -> Callable[..., Any]:
-    widths = sizes if isinstance(sizes, _Widths) else ()
+def _compile_exactly(
+    function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Code for these shapes and strides, called without Dynamo, whose guards would ask again what the key answers."""
 
+    def call(*present: Tensor) -> Any:
+        given = iter(present)
+        return function(*(t if t is None else next(given) for t in tensors), **options)
+
+    present = [t for t in tensors if t is not None]
+    code = torch._inductor.compile(make_fx(call, tracing_mode="fake")(*present), present)
+
+    def run(*arguments: Tensor | None) -> Any:
+        outputs = code(*(t for t in arguments if t is not None))
+        return tuple(outputs) if isinstance(outputs, list) else outputs
+
+    return run
+
+
+def _flexible_call(
+    function: Callable[..., Any], kind: tuple[Any, ...], tensors: Sequence[Tensor | None], options: Mapping[str, Any]
+) -> Any:
+    """Call code for any number of rows of these widths, or for any width."""
+    widths = tuple(t.shape[-1] if t is not None and t.dim() > 1 else None for t in tensors)
+    if not _few(_widths, kind, widths, MOST_WIDTHS):
+        widths = ()
+    call = _flexible_calls.get((kind, widths))
+    if call is not None:
+        return call(*tensors, **options)
+    call = _flexible_calls[kind, widths] = _compile_flexibly(function, widths)
+    with torch._dynamo.config.patch(specialize_float=True):
+        return call(*tensors, **options)
+
+
+def _compile_flexibly(function: Callable[..., Any], widths: tuple[int | None, ...]) -> Callable[..., Any]:
     def call(*tensors: Tensor | None, **options: Any) -> Any:
         for t, width in zip(tensors, widths, strict=False):
             if t is not None and width is not None:
@@ -122,7 +147,7 @@ def _new_call(function: Callable[..., Any], sizes: _Shapes | _Widths) -> Callabl
     # a code object of its own, so only sizes can recompile, and dynamic=True covers those.
     code = call.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     copy = types.FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
-    return torch.compile(copy, dynamic=isinstance(sizes, _Widths), fullgraph=True)
+    return torch.compile(copy, dynamic=True, fullgraph=True)
 
 
 def column_sum(parameter: Tensor, *factors: Tensor, rows: int = 32) -> Tensor:

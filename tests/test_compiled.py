@@ -8,10 +8,13 @@ from torch._dynamo.utils import counters
 
 from braze.kernels import RMS_NORM, compiled, rms_norm, use_backend
 
+from .contract import poisoned_allocations
+
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "_calls", {})
+    monkeypatch.setattr(compiled, "_exact_calls", {})
+    monkeypatch.setattr(compiled, "_flexible_calls", {})
     monkeypatch.setattr(compiled, "_shapes", {})
     monkeypatch.setattr(compiled, "_widths", {})
     monkeypatch.setattr(compiled, "MOST_SHAPES", 0)
@@ -32,10 +35,22 @@ def test_the_first_shapes_have_code_of_their_own(monkeypatch: pytest.MonkeyPatch
     before = graphs()
     for rows in (48, 33, 48, 33):
         check(rows, 64)
-    assert graphs() == before + 2
+    assert len(compiled._exact_calls) == 2
     for rows in (2, 100, 48):
         check(rows, 64)
-    assert graphs() == before + 3
+    assert len(compiled._exact_calls) == 2
+    assert graphs() == before + 1  # for any number of rows
+
+
+def test_code_of_a_shape_is_for_its_surroundings_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "MOST_SHAPES", 2)
+    check(48, 64)
+    check(48, 64, eps=0.5)
+    with poisoned_allocations():
+        check(48, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        check(48, 64)
+    assert len(compiled._exact_calls) == 4
 
 
 def test_another_number_of_rows_runs_the_same_code() -> None:
