@@ -9,6 +9,7 @@ a diffusion U-Net (Ho et al., Denoising Diffusion Probabilistic Models, 2020).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,16 +144,40 @@ def _triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: An
 
 
 def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Tensor:
+    if not x.numel():
+        return reference(x, weight, bias, **options)  # ATen's operator refuses images without pixels
     return fused(_compiled_forward, _compiled_backward, vjp(reference), (x, weight, bias), options)
 
 
 def _compiled_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
-    return compiled_call(reference, (dense(x), weight, bias), options), (x, weight, bias)
+    y, *statistics = compiled_call(_with_statistics, (dense(x), weight, bias), options)
+    return y, (x, weight, bias, *statistics)
 
 
-def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
-    x, *affine = saved
-    return compiled_call(_gradients, (dense(grads[0]), dense(x), *affine), {"needs": tuple(needs), **options})
+def _compiled_backward(grads: Any, saved: Any, needs: Any, *, activation: str, **_: Any) -> Gradients:
+    x, *others = saved
+    options = {"needs": tuple(needs), "activation": activation}
+    return compiled_call(_gradients, (dense(grads[0]), dense(x), *others), options)
+
+
+def _with_statistics(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, num_groups: int, eps: float, activation: str
+) -> tuple[Tensor, ...]:
+    """y, from one pass over a group for both its moments; mean and 1/√(var + ε); the scale and the shift of a channel.
+
+    z = x · scale + shift. The backward pass is given both, since the compiler writes z to memory if it has to compute
+    them first.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    affine = (None if t is None else t.to(wide.dtype) for t in (weight, bias))
+    z, mean, rstd = torch.native_group_norm(wide, *affine, *_sizes(x), num_groups, eps)
+    ones = wide.new_ones(x.shape[1] // num_groups)
+    scale, shift = (torch.outer(t.flatten(), ones).view(x.shape[:2]) for t in (rstd, -mean * rstd))
+    if weight is not None:
+        scale, shift = scale * weight, shift * weight
+    if bias is not None:
+        shift = shift + bias
+    return ACTIVATIONS[activation](z).to(x.dtype), mean, rstd, scale, shift
 
 
 def _gradients(
@@ -160,27 +185,30 @@ def _gradients(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    shift: Tensor,
     *,
     needs: tuple[bool, bool, bool],
-    num_groups: int,
-    eps: float,
     activation: str,
 ) -> Gradients:
-    """The gradients in closed form: all of them follow from two sums over each channel of a sample."""
-    grouped, rstd = _normed(x, num_groups, eps)
-    n = grouped.flatten(1, 2)
-    a = pulled_back(dy, _affine(n, weight, bias), activation)
-    sum_an, sum_a = (t.reshape(*t.shape[:2], -1).sum(-1) for t in (a * n, a))
-    dweight = sum_an.sum(0).to(weight.dtype) if weight is not None and needs[1] else None
-    dbias = sum_a.sum(0).to(bias.dtype) if bias is not None and needs[2] else None
-    if not needs[0]:
-        return None, dweight, dbias
-    if weight is not None:
-        a, sum_an, sum_a = (t * per_channel(weight, t) for t in (a, sum_an, sum_a))
-    elements = grouped[:1, :1].numel()
-    mean_gn, mean_g = (t.unflatten(1, (num_groups, -1)).sum(-1).view(rstd.shape) / elements for t in (sum_an, sum_a))
-    dx = (a.unflatten(1, grouped.shape[1:3]) - grouped * mean_gn - mean_g) * rstd
-    return dx.flatten(1, 2).to(x.dtype), dweight, dbias
+    wide = x.to(mean.dtype)
+    scale, shift = (t.view(*t.shape, *[1] * (x.dim() - 2)) for t in (scale, shift))
+    a = pulled_back(dy, wide * scale + shift, activation)
+    wide_weight = None if weight is None else weight.to(mean.dtype)
+    dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+        a, wide, mean, rstd, wide_weight, *_sizes(x), mean.shape[1], list(needs)
+    )
+    return (
+        dx.to(x.dtype) if needs[0] else None,
+        dweight.to(weight.dtype) if weight is not None and needs[1] else None,
+        dbias.to(bias.dtype) if bias is not None and needs[2] else None,
+    )
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
 
 
 def _aten(
