@@ -7,7 +7,7 @@ dtype under test. An implementation may be wrong by
 
 elementwise, for every output and every input gradient, where the scale is the largest magnitude in that result.
 The error of ``plain`` is a random number, and on a small tensor sometimes zero by luck; it is therefore the largest
-of a few runs on rescaled copies of the inputs. Nothing else is tunable: there is no tolerance to widen.
+of a few runs on rescaled copies of the inputs and cotangents. Nothing else is tunable: there is no tolerance to widen.
 """
 
 from __future__ import annotations
@@ -263,7 +263,11 @@ def _error(value: Tensor, wanted: Tensor) -> float:
 def _reference_runs(
     case: Case, call: Call, cotangents: list[Tensor], derive: Callable[..., Results], scale: float
 ) -> tuple[Results, Results]:
-    """The reference in float64 and in the dtype under test, with the differentiable inputs multiplied by ``scale``."""
+    """The reference in float64 and in the dtype under test, with ``scale`` times the differentiable inputs and cotangents.
+
+    Without the cotangents the gradient of a bias, which is a sum of them, would have the same error each time.
+    """
+    cotangents = [c * scale for c in cotangents]
     plain_call = _map(call, lambda t: (t.detach() * scale).requires_grad_(t.requires_grad) if t.requires_grad else t)
     with _reference_runs_with() as options:
         plain = derive(*_run(case.op.fn, plain_call), cotangents)

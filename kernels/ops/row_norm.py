@@ -138,9 +138,11 @@ def gradients(
         return None, None, dweight, dbias, None
     if weight is not None:
         g = g * (weight.to(rstd.dtype) + weight_offset)
-    dh = g - n * (g * n).mean(-1, keepdim=True)
+    mean_gn = (g * n).mean(-1, keepdim=True)
+    dh = g - n * mean_gn
     if mean is not None:
-        dh = dh - g.mean(-1, keepdim=True)
+        # The mean of dh. That of n is a rounding error, which is all there is of a gradient at D = 2.
+        dh = dh - (g.mean(-1, keepdim=True) - mean_gn * n.mean(-1, keepdim=True))
     dh = dh * rstd
     if dh_out is not None:
         dh = dh + dh_out

@@ -118,9 +118,11 @@ def _backward(
         if ROWS:
             if weight is not None:
                 g *= w[None, :]
-            out = g - normed * (tl.sum(g * normed, 1) / D)[:, None]
+            mean_gn = tl.sum(g * normed, 1) / D
+            out = g - normed * mean_gn[:, None]
             if CENTER:
-                out -= (tl.sum(g, 1) / D)[:, None]
+                # The mean of out. That of normed is a rounding error, which is all there is of a gradient at D = 2.
+                out -= ((tl.sum(g, 1) - mean_gn * tl.sum(tl.where(mask, normed, 0.0), 1)) / D)[:, None]
             out *= r[:, None]
             if dh_out is not None:
                 out += tl.load(dh_out + at, mask, other=0.0).to(tl.float32)
