@@ -1,1 +1,7 @@
 """Where bytes live and how they move."""
+
+from .bin_packing import first_fit_decreasing as first_fit_decreasing
+from .packed_batch import PackedBatch as PackedBatch
+from .packing import PackCollate as PackCollate
+from .packing import pack as pack
+from .packing import unpack as unpack
