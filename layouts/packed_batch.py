@@ -11,7 +11,7 @@ for models that take ``[rows, capacity]`` and one long row for attention that ta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -214,21 +214,30 @@ def _blocks(dense: Tensor) -> tuple[Tensor, Tensor]:
     return dense.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
-def _flatten(batch: PackedBatch) -> tuple[list[Any], tuple[Any, ...]]:
-    leaves = [batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens]
-    return leaves, (batch.max_seqlen, batch.rows, batch.lengths, batch.sequences)
+_TENSORS = ("tokens", "labels", "position_ids", "cu_seqlens")
+_Context = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]
 
 
-def _flatten_with_keys(batch: PackedBatch) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
-    leaves, context = _flatten(batch)
-    names = ("tokens", "labels", "position_ids", "cu_seqlens")
-    return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], context
+def _flatten_with_keys(batch: PackedBatch) -> tuple[list[tuple[Any, Tensor]], _Context]:
+    fields = dict(vars(batch))
+    tensors = {name: t for name in _TENSORS if (t := fields.pop(name)) is not None}
+    return [(pytree.GetAttrKey(name), t) for name, t in tensors.items()], (tuple(tensors), tuple(fields.items()))
+
+
+def _flatten(batch: PackedBatch) -> tuple[list[Tensor], _Context]:
+    leaves, context = _flatten_with_keys(batch)
+    return [leaf for _, leaf in leaves], context
+
+
+def _unflatten(leaves: Iterable[Any], context: _Context) -> PackedBatch:
+    names, fields = context
+    return PackedBatch(**{"labels": None, **dict(zip(names, leaves, strict=True)), **dict(fields)})
 
 
 pytree.register_pytree_node(
     PackedBatch,
     _flatten,
-    lambda leaves, context: PackedBatch(*leaves, *context),
+    _unflatten,
     serialized_type_name="braze.layouts.PackedBatch",
     flatten_with_keys_fn=_flatten_with_keys,
 )
