@@ -39,11 +39,11 @@ def source_text(length: int) -> tuple[ByteWindows, ByteWindows]:
 
 
 def source_documents(longest: int) -> list[Tensor]:
-    """What stands between two blank lines in the modules for training: functions, classes, heads of files.
+    """What stands between blank lines in the modules for training: methods, short functions, paragraphs of long ones.
 
     Each is its first ``longest`` bytes, as int64 token ids below 256.
     """
-    pieces = [piece.strip()[:longest] for module in _modules()[0] for piece in module.split(b"\n\n\n")]
+    pieces = [piece.strip()[:longest] for module in _modules()[0] for piece in module.split(b"\n\n")]
     return [torch.frombuffer(bytearray(piece), dtype=torch.uint8).long() for piece in pieces if len(piece) > 1]
 
 

@@ -1,6 +1,6 @@
 """``python -m braze.benchmarks packing``: a language model trained on packed and on padded batches of one text.
 
-The demo's Llama over the functions and classes of the standard library, as bytes. A step of both trains on the same
+The demo's Llama over paragraphs of the standard library's source, as bytes. A step of both trains on the same
 documents from the same parameters; they take turns, step by step, and a ratio of times is within a step. Padded is what
 transformers users have: every document a row, as long as the longest of its batch, and an attention mask.
 """
@@ -33,7 +33,7 @@ STEPS, QUICK_STEPS = 60, 4
 #: Steps that warm up and are not timed, and steps whose mean is "the last losses".
 WARM_UP, LAST = 2, 10
 #: Tokens of a row and of the longest document, and rows of a batch.
-CAPACITY, ROWS = 1024, 2
+CAPACITY, ROWS = 512, 4
 #: Documents that are shuffled into bins together.
 WINDOW = 256
 
