@@ -1,5 +1,8 @@
 """Where bytes live and how they move."""
 
+from .alignment import PaddingReport as PaddingReport
+from .alignment import pad_to_multiple as pad_to_multiple
+from .alignment import unpad as unpad
 from .bin_packing import first_fit_decreasing as first_fit_decreasing
 from .packed_batch import PackedBatch as PackedBatch
 from .packing import PackCollate as PackCollate
