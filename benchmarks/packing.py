@@ -29,7 +29,7 @@ from .records import Record
 from .tasks import TASKS
 from .timing import Samples
 
-STEPS, QUICK_STEPS = 60, 4
+STEPS, QUICK_STEPS = 40, 4
 #: Steps that warm up and are not timed, and steps whose mean is "the last losses".
 WARM_UP, LAST = 2, 10
 #: Tokens of a row and of the longest document, and rows of a batch.
