@@ -460,3 +460,13 @@ def test_varlen_attention_on_a_gpu() -> None:
     got = varlen_attn(q, k, v, **batch.varlen_kwargs(), window_size=(-1, 0))
     # Weighted means of values of size 1: float32 sums rounded to bfloat16 once, and weights rounded before.
     torch.testing.assert_close(got, alone(q, k, v, batch.cu_seqlens), rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_the_benchmark_predicts_the_same_tokens_both_ways() -> None:
+    from braze.benchmarks import packing
+
+    for documents in packing._batches(2):
+        ways = (packing._padded(documents), packing._packed(documents))
+        predicted = [labels[labels != IGNORED].sort().values for labels in (way["labels"][:, 1:] for way in ways)]
+        assert torch.equal(*predicted)
+        assert len(predicted[0]) == sum(len(d) - 1 for d in documents)
