@@ -34,11 +34,24 @@ def source_text(length: int) -> tuple[ByteWindows, ByteWindows]:
 
     The files are taken in one fixed shuffled order, so that a short run sees many of them.
     """
+    rest, held_out = _modules()
+    return ByteWindows(b"\n".join(rest), length), ByteWindows(b"\n".join(held_out), length)
+
+
+def source_documents(longest: int) -> list[Tensor]:
+    """What stands between blank lines in the modules for training: methods, short functions, paragraphs of long ones.
+
+    Each is its first ``longest`` bytes, as int64 token ids below 256.
+    """
+    pieces = [piece.strip()[:longest] for module in _modules()[0] for piece in module.split(b"\n\n")]
+    return [torch.frombuffer(bytearray(piece), dtype=torch.uint8).long() for piece in pieces if len(piece) > 1]
+
+
+def _modules() -> tuple[list[bytes], list[bytes]]:
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     random.Random(0).shuffle(files)
-    held_out = b"\n".join(path.read_bytes() for path in files[::HELD_OUT])
-    rest = b"\n".join(path.read_bytes() for i, path in enumerate(files) if i % HELD_OUT)
-    return ByteWindows(rest, length), ByteWindows(held_out, length)
+    rest = [path.read_bytes() for i, path in enumerate(files) if i % HELD_OUT]
+    return rest, [path.read_bytes() for path in files[::HELD_OUT]]
 
 
 def digits(size: int) -> tuple[TensorDataset, TensorDataset]:

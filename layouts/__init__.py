@@ -1,1 +1,12 @@
 """Where bytes live and how they move."""
+
+from .alignment import PaddingReport as PaddingReport
+from .alignment import pad_to_multiple as pad_to_multiple
+from .alignment import unpad as unpad
+from .bin_packing import first_fit_decreasing as first_fit_decreasing
+from .flat import FlatParameters as FlatParameters
+from .flat import flatten_parameters as flatten_parameters
+from .packed_batch import PackedBatch as PackedBatch
+from .packing import PackCollate as PackCollate
+from .packing import pack as pack
+from .packing import unpack as unpack
