@@ -78,14 +78,23 @@ class SlowStream:
                     alive.copy_(source)
             event.ended = True
 
-    def arrived(self, target: Tensor) -> bool:
-        """Whether the copy into a tensor that is still held has been carried out."""
-        return self._events[target.data_ptr()].ended
+    def arrived(self, address: int) -> bool:
+        """Whether the copy to a target that is still held has been carried out."""
+        return self._events[address].ended
 
     @property
     def on_device(self) -> int:
         """Batches that are on the device or on their way to it."""
         return len(set(self._events.values()))
+
+    @property
+    def under_way(self) -> int:
+        """Batches that are still to be copied."""
+        return len(self._queue)
+
+    def events_of(self, target: Tensor) -> list[SlowEvent]:
+        """The events of the copy to a target."""
+        return [self._events[target.data_ptr()]]
 
     def _freed(self, event: SlowEvent, address: int) -> None:
         # Memory of the consumer's stream: what that stream does with it next comes after what it was made to wait for.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -20,23 +20,21 @@ def map_leaves(batch: Any, on_leaf: OnLeaf) -> Any:
     anything else stay as they are. Of a dataclass only the fields are carried over, not what it has cached.
     """
 
-    def walk(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return on_leaf(value)
-        if isinstance(value, Mapping):
-            return _mapping(value, {key: walk(item) for key, item in value.items()})
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(walk(item) for item in value))
-        if isinstance(value, tuple | list):
-            return type(value)([walk(item) for item in value])
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return _dataclass(value, walk)
-        return on_leaf(value) if hasattr(value, "to") else value
-
-    return walk(batch)
+    # No closure that calls itself: that would be a cycle, which keeps the tensors until the garbage collector runs.
+    if isinstance(batch, Tensor):
+        return on_leaf(batch)
+    if isinstance(batch, Mapping):
+        return _mapping(batch, {key: map_leaves(item, on_leaf) for key, item in batch.items()})
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_leaves(item, on_leaf) for item in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)([map_leaves(item, on_leaf) for item in batch])
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return _dataclass(batch, on_leaf)
+    return on_leaf(batch) if hasattr(batch, "to") else batch
 
 
-def tensors(batch: Any) -> Iterator[Tensor]:
+def tensors(batch: Any) -> list[Tensor]:
     """The tensors of a batch, in order."""
     found: list[Tensor] = []
 
@@ -46,7 +44,7 @@ def tensors(batch: Any) -> Iterator[Tensor]:
         return leaf
 
     map_leaves(batch, note)
-    yield from found
+    return found
 
 
 def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
@@ -57,9 +55,9 @@ def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     return type(value)(items)  # type: ignore[call-arg]
 
 
-def _dataclass(value: Any, walk: OnLeaf) -> Any:
+def _dataclass(value: Any, on_leaf: OnLeaf) -> Any:
     moved = object.__new__(type(value))  # no __init__: its checks have passed, and may look at the numbers
     for field in dataclasses.fields(value):
         if hasattr(value, field.name):
-            object.__setattr__(moved, field.name, walk(getattr(value, field.name)))
+            object.__setattr__(moved, field.name, map_leaves(getattr(value, field.name), on_leaf))
     return moved
