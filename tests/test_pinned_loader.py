@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import multiprocessing
-import os
 import pickle
-import signal
 import subprocess
 import sys
 import textwrap
@@ -52,8 +50,8 @@ class Image(Tensor):
 
 
 class Numbers(Dataset):
-    def __init__(self, count: int = 8, size: int = 3, fails_at: int | None = None, dies_at: int | None = None) -> None:
-        self.count, self.size, self.fails_at, self.dies_at = count, size, fails_at, dies_at
+    def __init__(self, count: int = 8, size: int = 3, fails_at: int | None = None) -> None:
+        self.count, self.size, self.fails_at = count, size, fails_at
 
     def __len__(self) -> int:
         return self.count
@@ -61,8 +59,6 @@ class Numbers(Dataset):
     def __getitem__(self, i: int) -> Tensor:
         if i == self.fails_at:
             raise LookupError("no such sample")
-        if i == self.dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
         return torch.full((self.size,), float(i))
 
 
@@ -117,7 +113,7 @@ def test_batches_keep_their_type(kind: str, depth: int, stream: SlowStream) -> N
             stream.advance()
         for batch in batches:
             assert_same(batch, BATCHES[kind])
-            assert batch is not BATCHES[kind]
+            assert batch is not BATCHES[kind] or kind == "sparse"  # which is on this device already
     assert stream.errors == []
 
 
@@ -195,6 +191,7 @@ def test_an_exception_comes_in_its_turn(workers: int, stream: SlowStream) -> Non
         for _ in loader:
             had += 1
     assert had == 2
+    gc.collect()  # torch's traceback holds its iterator
     assert_nothing_left(loader, stream)
 
 
@@ -231,35 +228,45 @@ def test_nothing_is_left_behind(workers: int, how: str, stream: SlowStream) -> N
         assert len(list(loader)) == 20  # and it can be used again
 
 
-def test_the_death_of_a_worker_is_told(stream: SlowStream) -> None:
-    source = DataLoader(Numbers(20, dies_at=9), batch_size=2, num_workers=1, collate_fn=SlabCollate())
-    loader = PinnedLoader(source, device=stream, depth=2)
-    with pytest.raises(RuntimeError, match="exited unexpectedly|killed by signal"):
-        list(loader)
-    gc.collect()  # torch's traceback holds its iterator
-    assert_nothing_left(loader, stream)
+#: Signals are the whole process's: these tests have one of their own.
+ENDINGS = {
+    "interrupt": ("os.kill(os.getpid(), signal.SIGINT)", "KeyboardInterrupt"),
+    "death of a worker": ("os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)", "RuntimeError"),
+}
 
 
-def test_ctrl_c_ends_the_process_and_its_workers(tmp_path: Path) -> None:
-    code = """
-    import os, signal, torch, time
+@pytest.mark.parametrize("how", ENDINGS)
+def test_a_signal_ends_the_loop_and_its_workers(how: str) -> None:
+    signalled, expected = ENDINGS[how]
+    code = f"""
+    import gc, multiprocessing, os, signal, time, torch
     from torch.utils.data import DataLoader
     from braze.layouts import PinnedLoader, SlabCollate
     from tests.slow_copies import SlowStream
+    stream = SlowStream()
     source = DataLoader(list(torch.eye(64)), batch_size=2, num_workers=2, collate_fn=SlabCollate())
+    loader = PinnedLoader(source, device=stream, depth=3)
     try:
-        for step, _ in enumerate(PinnedLoader(source, device=SlowStream(), depth=3)):
+        for step, _ in enumerate(loader):
             if step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-    except KeyboardInterrupt:
-        import multiprocessing
-        print("interrupted", len(multiprocessing.active_children()))
+                {signalled}
+    except BaseException as error:
+        print(type(error).__name__)
+    for _ in range(3):  # torch's handler raises at each end of a worker, once one has been killed
+        try:
+            gc.collect()  # torch's traceback holds its iterator
+            multiprocessing.active_children()
+            time.sleep(0.2)
+        except RuntimeError:
+            pass
+    print(stream.under_way, stream.errors, len(multiprocessing.active_children()))
+    print(any(one.lent for one in loader._transfer.staging.slabs))
     """
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=root, capture_output=True, text=True, timeout=120
     )
-    assert (done.stdout, done.stderr) == ("interrupted 0\n", "")
+    assert done.stdout.splitlines() == [expected, "0 [] 0", "False"], done.stderr
 
 
 def test_workers_that_stay_serve_another_epoch_after_a_break(stream: SlowStream) -> None:
@@ -284,7 +291,7 @@ def test_workers_that_stay_serve_another_epoch_after_a_break(stream: SlowStream)
 
 def test_the_loop_alone_holds_a_batch(stream: SlowStream) -> None:
     for device in (stream, "cpu"):
-        iterator = iter(PinnedLoader(iter([[torch.ones(3)] for _ in range(3)]), device=device, depth=1))
+        iterator = iter(PinnedLoader(([torch.ones(3)] for _ in range(3)), device=device, depth=1))
         batch = next(iterator)
         gone = weakref.ref(batch[0])
         del batch
@@ -363,6 +370,8 @@ class Stream(IterableDataset):
         yield from torch.arange(7)
 
 
+# Lightning 2.6 makes a class of torch.utils._pytree that later versions of torch deprecate.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 def test_combined_loader() -> None:
     combined = pytest.importorskip("lightning.pytorch.utilities.combined_loader", reason="needs braze[lightning]")
     loaders = {

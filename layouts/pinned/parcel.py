@@ -42,7 +42,9 @@ class Parcel:
     def __reduce__(self) -> tuple[Any, ...]:
         self._lease.hand_over()
         slab = self._lease.slab
-        return unpack, (self._payload, slab.memory, slab.memory.data_ptr(), os.getpid(), self._kept)
+        # Once, as sending memory takes a connection to a thread of the worker, which must then still be alive.
+        memory = None if slab.mapped else slab.memory
+        return unpack, (self._payload, memory, slab.memory.data_ptr(), os.getpid(), self._kept)
 
 
 def pack(batch: Any, arena: Arena, pool: SlabPool) -> Any:
@@ -55,22 +57,23 @@ def pack(batch: Any, arena: Arena, pool: SlabPool) -> Any:
     return Parcel(buffer.getvalue(), arena.lease, kept)
 
 
-def unpack(payload: bytes, memory: Tensor, number: int, worker: int, kept: tuple[int, ...]) -> Any:
+def unpack(payload: bytes, memory: Tensor | None, number: int, worker: int, kept: tuple[int, ...]) -> Any:
     """The batch of a parcel."""
-    slabs = _mapped.setdefault(worker, {})
-    slab = slabs.get(number)
-    # Numbers of processes and addresses in them come again; the memory of another slab does not.
-    if slab is None or slab.memory.data_ptr() != memory.data_ptr():
+    if memory is not None:
         forget_ended_workers()
-        slab = slabs[number] = Slab(memory)
-        _mapped[worker] = slabs
+        slab = _mapped.setdefault(worker, {})[number] = Slab(memory)
+        slab.set_mapped()
+    slabs = _mapped[worker]
     for gone in set(slabs).difference(kept):
         del slabs[gone]
-    return _Unpacker(io.BytesIO(payload), Lease(slab)).load()
+    return _Unpacker(io.BytesIO(payload), Lease(slabs[number])).load()
 
 
 def forget_ended_workers() -> None:
-    """Let go of the slabs of workers that have ended; batches on them stay valid."""
+    """Let go of the slabs of workers that have ended; batches on them stay valid.
+
+    Of a worker that is alive none may be let go: it will not send the memory again.
+    """
     alive = {process.pid for process in multiprocessing.active_children()}
     for worker in set(_mapped).difference(alive):
         del _mapped[worker]

@@ -86,10 +86,12 @@ class Replay:
         self._loaded = state
 
     def _counted(self, source: Iterator[Any]) -> Iterator[Any]:
-        for batch in source:
-            self._batches += 1
-            yield batch
+        yield from map(self._count, source)  # with no variable that would hold the batch
         self._begun, self._batches = None, 0
+
+    def _count(self, batch: Any) -> Any:
+        self._batches += 1
+        return batch
 
     def _remaining(self, batches: int, generators: list[torch.Tensor]) -> Iterator[Any]:
         callers = torch.default_generator.get_state()
@@ -102,7 +104,7 @@ class Replay:
             first = list(itertools.islice(source, 1))  # where none was had: a sampler draws its order with the first
         finally:
             torch.default_generator.set_state(callers)
-        return itertools.chain(first, source)
+        return itertools.chain((first.pop() for _ in range(len(first))), source)
 
     def _generators(self) -> list[torch.Generator]:
         batch_sampler = getattr(self._loader, "batch_sampler", None)

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Bytes before the data of a slab; the first is 1 while the slab is lent. It lies in the slab itself, so that a process
-#: that maps a slab of another can return it by writing one byte.
+#: Bytes before the data of a slab: [0] is 1 while the slab is lent, [1] once another process has mapped it. They lie in
+#: the slab itself, so that a process that maps a slab of another can give it back by writing one byte.
 HEADER = 64
 #: Data starts at multiples of this within a slab: a cache line, and the widest vector register.
 ALIGNMENT = 64
@@ -49,6 +49,15 @@ class Slab:
     def lent(self) -> bool:
         """Whether a batch is on it."""
         return bool(self._bytes[0])
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the process that it is sent to has it."""
+        return bool(self._bytes[1])
+
+    def set_mapped(self) -> None:
+        """Tell the process whose slab this is that its memory need not be sent again."""
+        self._bytes[1] = 1
 
     def lend(self) -> Lease:
         """Mark the slab as lent; it is free again when the lease and everything built on it are gone."""

@@ -75,7 +75,8 @@ class Transfer:
     def _itself(self, leaf: Any) -> Any:
         """A subclass, a sparse tensor, an object of the user's: it knows how to move; the host waits for it."""
         moved = leaf.to(self.stream.device)
-        self._count("present" if moved is leaf else "blocking", getattr(leaf, "nbytes", 0))
+        known = isinstance(leaf, Tensor) and leaf.layout == torch.strided
+        self._count("present" if moved is leaf else "blocking", leaf.nbytes if known else 0)
         return moved
 
     def _count(self, way: str, nbytes: int) -> None:
