@@ -192,6 +192,7 @@ def test_an_exception_comes_in_its_turn(workers: int, stream: SlowStream) -> Non
             had += 1
     assert had == 2
     gc.collect()  # torch's traceback holds its iterator
+    parcel.forget_ended_workers()
     assert_nothing_left(loader, stream)
 
 
