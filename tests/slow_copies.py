@@ -65,6 +65,10 @@ class SlowStream:
         self._queue.append((copies, event))
         return targets, event
 
+    def synchronize(self) -> None:
+        while self._queue:
+            self.advance()
+
     def wait(self, event: SlowEvent) -> None:
         event.waited_for = True
 

@@ -109,8 +109,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 def test_batches_keep_their_type(kind: str, depth: int, stream: SlowStream) -> None:
     with poisoned():
         batches = list(PinnedLoader([BATCHES[kind]] * 4, device=stream, depth=depth))
-        while stream.under_way:
-            stream.advance()
+        stream.synchronize()
         for batch in batches:
             assert_same(batch, BATCHES[kind])
             assert batch is not BATCHES[kind] or kind == "sparse"  # which is on this device already
@@ -280,8 +279,7 @@ def test_workers_that_stay_serve_another_epoch_after_a_break(stream: SlowStream)
             break
     for _ in range(2):
         batches = list(loader)
-        while stream.under_way:
-            stream.advance()
+        stream.synchronize()
         assert [int(batch.max()) for batch in batches] == list(range(1, 20, 2))
     mapped = [one for slabs in parcel._mapped.values() for one in slabs.values()]
     assert len(mapped) <= 6
@@ -344,8 +342,7 @@ def test_memory_that_cannot_be_locked_is_copied_directly(stream: SlowStream, mon
     with poisoned():
         loader = PinnedLoader([torch.ones(20)] * 3, device=stream)
         batches = list(loader)
-        while stream.under_way:
-            stream.advance()
+        stream.synchronize()
         assert all(int(batch.min()) == 1 for batch in batches)
     assert loader.report().tensors == {"direct": 3}
 

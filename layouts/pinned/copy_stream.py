@@ -31,6 +31,9 @@ class CopyStream(Protocol):
     def copy(self, sources: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
         """Start copying; the caller keeps the sources unchanged and the targets alive until the event."""
 
+    def synchronize(self) -> None:
+        """Wait, on the host, for every copy that was started."""
+
     def wait(self, event: Event) -> None:
         """Make what the consumer queues from now on wait for the event; the host does not wait."""
 
@@ -63,6 +66,10 @@ class CudaCopyStream:
                 target.copy_(source, non_blocking=True)
         return targets, self._stream.record_event()
 
+    def synchronize(self) -> None:
+        """Wait for the side stream."""
+        self._stream.synchronize()
+
     def wait(self, event: Event) -> None:
         """The consumer's stream waits."""
         torch.cuda.current_stream(self.device).wait_event(cast(torch.cuda.Event, event))
@@ -81,6 +88,9 @@ class BlockingCopy:
     def copy(self, sources: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
         """Copies that have ended on return."""
         return [source.to(self.device) for source in sources], _Ended()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
 
     def wait(self, event: Event) -> None:
         """Nothing to wait for."""

@@ -64,7 +64,7 @@ class LoaderReport:
             for way, count in self.tensors.most_common()
         ]
         lines.append(
-            f"  {self.slabs} slabs, {self.slab_bytes / 2**20:.3g} MiB; lent {self.lendings} times, "
+            f"  {self.slabs} slabs in this process, {self.slab_bytes / 2**20:.3g} MiB; lent {self.lendings} times, "
             f"{self.reuse:.0%} of them reused, {self.refusals} times all were lent"
         )
         return "\n".join(lines)

@@ -43,10 +43,9 @@ class Transfer:
         return map_leaves(batch, lambda leaf: moved[id(leaf)] if id(leaf) in moved else self._itself(leaf)), event
 
     def finish(self) -> None:
-        """Wait, on the host, until nothing is under way."""
-        while self._under_way:
-            event, _ = self._under_way.popleft()
-            event.synchronize()
+        """Wait, on the host, until nothing is under way, be it a copy that an interrupt kept from being noted."""
+        self.stream.synchronize()
+        self._under_way.clear()
 
     def _let_go(self) -> None:
         """Let go of sources that the device has read: only the host's knowledge makes them safe to write to."""
