@@ -278,3 +278,35 @@ def test_sizes_may_vary(by_slab: None) -> None:
 def test_no_slabs_are_refused() -> None:
     with pytest.raises(ValueError, match="slabs must be at least 1, got 0"):
         SlabCollate(slabs=0)
+
+
+class Growing(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.full((10 ** (i // 2 + 2),), i)
+
+
+def test_slabs_that_a_worker_gave_up_are_given_up_here() -> None:
+    loader = DataLoader(Growing(), num_workers=1, persistent_workers=True, collate_fn=SlabCollate(slabs=1))
+    assert [int(batch.max()) for batch in loader] == list(range(8))
+    assert [len(slabs) for slabs in parcel._mapped.values()] == [1]
+    loader._iterator = None  # ends the worker
+    parcel.forget_ended_workers()
+
+
+def test_forked_workers_have_slabs_of_their_own(by_slab: None) -> None:
+    collate = SlabCollate(slabs=1)
+    kept = [collate([torch.zeros(4)]) for _ in range(2)]
+    loader = DataLoader(Numbers(), batch_size=2, num_workers=1, collate_fn=collate, multiprocessing_context="fork")
+    assert any(slab.slab_of(batch) is not None for batch in loader)
+    assert slab.slab_of(kept[1]) is not None
+
+
+class Numbers(Dataset):
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.full((4,), i)

@@ -231,7 +231,11 @@ def test_nothing_is_left_behind(workers: int, how: str, stream: SlowStream) -> N
 #: Signals are the whole process's: these tests have one of their own.
 ENDINGS = {
     "interrupt": ("os.kill(os.getpid(), signal.SIGINT)", "KeyboardInterrupt"),
-    "death of a worker": ("os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)", "RuntimeError"),
+    # What it had sent in memory not mapped yet cannot be had from a dead worker: then torch's reading fails first.
+    "death of a worker": (
+        "os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)",
+        "(RuntimeError, OSError, EOFError)",
+    ),
 }
 
 
@@ -251,7 +255,7 @@ def test_a_signal_ends_the_loop_and_its_workers(how: str) -> None:
             if step == 3:
                 {signalled}
     except BaseException as error:
-        print(type(error).__name__)
+        print(isinstance(error, {expected}))
     for _ in range(3):  # torch's handler raises at each end of a worker, once one has been killed
         try:
             gc.collect()  # torch's traceback holds its iterator
@@ -266,7 +270,7 @@ def test_a_signal_ends_the_loop_and_its_workers(how: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=root, capture_output=True, text=True, timeout=120
     )
-    assert done.stdout.splitlines() == [expected, "0 [] 0", "False"], done.stderr
+    assert done.stdout.splitlines() == ["True", "0 [] 0", "False"], done.stderr
 
 
 def test_workers_that_stay_serve_another_epoch_after_a_break(stream: SlowStream) -> None:

@@ -187,3 +187,27 @@ def test_set_epoch_reaches_datasets_and_batch_samplers_and_each_once() -> None:
     batches, dataset = Epochs([[0], [1]]), Epochs([torch.zeros(1), torch.ones(1)])
     PinnedLoader(DataLoader(dataset, batch_sampler=batches), device="cpu").set_epoch(4)
     assert batches.seen == dataset.seen == [4]
+
+
+def test_a_state_does_not_move_on_with_its_loader() -> None:
+    class Tape:
+        """Its state is the very dictionary that it changes."""
+
+        def __init__(self) -> None:
+            self.place = {"at": 0}
+
+        def __iter__(self) -> Iterator[Tensor]:
+            while self.place["at"] < 6:
+                self.place["at"] += 1
+                yield torch.tensor([self.place["at"]])
+
+        def state_dict(self) -> dict[str, int]:
+            return self.place
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.place = dict(state)
+
+    loader = PinnedLoader(Tape(), device=EagerStream(), depth=2)
+    iterator = iter(loader)
+    next(iterator)
+    assert loader.state_dict() == {"at": 1}
