@@ -31,8 +31,10 @@ from .records import Record
 BASELINE = "braze"
 ROUNDS, QUICK_ROUNDS = 25, 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-#: float32 rounds each of scale, subtraction and division by half a unit of 2⁻²³ at values up to 2.64 / 0.225's scale.
-TOLERANCE = 4 * 2.0**-23 * 2.64
+#: The largest normalized value.
+LARGEST = (1 - MEAN[2]) / STD[2]
+#: Of two results in float32: scaling and subtracting round values up to 1 (divided by std afterwards), then twice more.
+TOLERANCE = 2 * (3 / min(STD) + 2 * LARGEST) * 2.0**-24
 
 
 class Case(NamedTuple):
@@ -207,7 +209,7 @@ def normalizing(count: int, dtype: torch.dtype) -> Opener:
             BASELINE: lambda: image_normalize(x, MEAN, STD, dtype=dtype),
         }
         # In bfloat16 a difference of one rounding in float32 may become one of a bfloat16 step.
-        tolerance = TOLERANCE if dtype == torch.float32 else 2.64 * 2.0**-7
+        tolerance = TOLERANCE if dtype == torch.float32 else LARGEST * 2.0**-7
         return Case(f"normalize {count} images of 224² to {str(dtype).removeprefix('torch.')}", providers, tolerance)
 
     return open_case

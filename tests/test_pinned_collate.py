@@ -6,7 +6,6 @@ import copy
 import gc
 import io
 import multiprocessing
-import os
 import pickle
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree
-from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from braze.layouts import SlabCollate
 from braze.layouts.pinned import collate as collate_module
@@ -237,13 +236,11 @@ def test_a_copy_of_a_collate_has_slabs_of_its_own(by_slab: None) -> None:
     assert twin.pool.slabs == []
 
 
-class RefusesCuda(Dataset):
+class Numbers(Dataset):
     def __len__(self) -> int:
         return 6
 
     def __getitem__(self, i: int) -> Tensor:
-        assert get_worker_info() is not None
-        assert "CUDA_VISIBLE_DEVICES" not in os.environ or not torch.cuda.is_initialized()
         return torch.full((4,), i)
 
 
@@ -255,7 +252,7 @@ def test_workers_never_start_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
     monkeypatch.setattr(torch.cuda, "cudart", refuse)
-    loader = DataLoader(RefusesCuda(), batch_size=2, num_workers=1, collate_fn=SlabCollate())
+    loader = DataLoader(Numbers(), batch_size=2, num_workers=1, collate_fn=SlabCollate())
     assert [int(batch.max()) for batch in loader] == [1, 3, 5]
 
 
@@ -302,11 +299,3 @@ def test_forked_workers_have_slabs_of_their_own(by_slab: None) -> None:
     loader = DataLoader(Numbers(), batch_size=2, num_workers=1, collate_fn=collate, multiprocessing_context="fork")
     assert any(slab.slab_of(batch) is not None for batch in loader)
     assert slab.slab_of(kept[1]) is not None
-
-
-class Numbers(Dataset):
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, i: int) -> Tensor:
-        return torch.full((4,), i)

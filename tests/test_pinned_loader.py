@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 from braze.layouts import PinnedLoader, SlabCollate
 from braze.layouts.pinned import parcel, transfer
 
-from .slow_copies import POISON, SlowStream, poisoned
+from .slow_copies import SlowStream, poisoned
 
 Pair = namedtuple("Pair", ["first", "second"])
 
@@ -363,7 +363,6 @@ def test_locked_memory_is_unlocked_with_the_slab(stream: SlowStream) -> None:
 def test_batches_outlive_the_loader(stream: SlowStream) -> None:
     with poisoned():
         batches = list(PinnedLoader([torch.full((20,), float(i)) for i in range(9)], device=stream, depth=4))
-        assert any(int(batch[0]) != i for i, batch in enumerate(batches)) or POISON
     assert [batch.unique().tolist() for batch in batches] == [[float(i)] for i in range(9)]
 
 
