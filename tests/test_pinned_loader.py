@@ -84,10 +84,6 @@ BATCHES: dict[str, Any] = {
 }
 
 
-def plain_copy(batch: Any) -> Any:
-    return pickle.loads(pickle.dumps(batch))
-
-
 def assert_same(ours: Any, theirs: Any) -> None:
     assert type(ours) is type(theirs)
     if isinstance(ours, Tensor):
