@@ -214,14 +214,17 @@ class OnADevice(RuleBasedStateMachine):
         return [] if self.loader._transfer is None else self.loader._transfer.staging.slabs
 
     def teardown(self) -> None:
-        if hasattr(self, "loader"):
-            self.iterator.close()
-            slabs = self.staged() + ([] if self.collate is None else self.collate.pool.slabs)
-            self.held.clear()
-            assert not any(one.lent for one in slabs)
-            assert self.stream.errors == []
-            assert self.stream.locked == sum(one._pinned is True for one in slabs)
-        self.context.close()
+        with self.context:
+            if hasattr(self, "loader"):
+                self.leave_nothing()
+
+    def leave_nothing(self) -> None:
+        self.iterator.close()
+        slabs = self.staged() + ([] if self.collate is None else self.collate.pool.slabs)
+        self.held.clear()
+        assert not any(one.lent for one in slabs)
+        assert self.stream.errors == []
+        assert self.stream.locked == sum(one._pinned is True for one in slabs)
 
 
 TestOnTheHost = OnTheHost.TestCase
