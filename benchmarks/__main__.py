@@ -17,6 +17,7 @@ COMMANDS = {
     "ops": "time every operator against plain ATen and torch.compile, with its error beside its speed",
     "losses": "memory and time of a linear layer and its cross-entropy, with and without logits",
     "optim": "time a step of every optimizer against torch.optim's three forms, and count what its kernels move",
+    "loaders": "time collating, crossing from a worker and normalizing against torch, timm and torchvision",
     "rounding": "train a language model in bfloat16 alone, by how parameters are rounded, against float32",
     "packing": "train a language model on packed and on padded batches of the same documents",
     "demo": "train real models under Lightning, vanilla and fused, side by side",

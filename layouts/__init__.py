@@ -10,3 +10,6 @@ from .packed_batch import PackedBatch as PackedBatch
 from .packing import PackCollate as PackCollate
 from .packing import pack as pack
 from .packing import unpack as unpack
+from .pinned.collate import SlabCollate as SlabCollate
+from .pinned.loader import PinnedLoader as PinnedLoader
+from .pinned.report import LoaderReport as LoaderReport
