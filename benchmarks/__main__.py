@@ -19,6 +19,7 @@ COMMANDS = {
     "optim": "time a step of every optimizer against torch.optim's three forms, and count what its kernels move",
     "rounding": "train a language model in bfloat16 alone, by how parameters are rounded, against float32",
     "audit": "which torchvision and timm models keep channels_last, which lose it, and where",
+    "channels_last": "time a training step of convolutional models, channels_last against contiguous",
     "demo": "train real models under Lightning, vanilla and fused, side by side",
 }
 

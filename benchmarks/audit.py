@@ -10,10 +10,6 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import records
+from .audit_child import ChildDied, audited, bare_steps, in_child
 from .audit_models import MODELS, QUICK, SIDE, SIDES
 from .records import Record
 
@@ -74,28 +71,18 @@ def kept(path: Path) -> dict[str, Record]:
 def measure(model: str) -> Record:
     """Audit one model in a child process, and see in a second one whether it crashes."""
     record: Record = {"benchmark": "audit", "model": model, "versions": _versions()}
-    status, printed, errors = _child(model, "--size", str(SIDES.get(model, SIDE)))
-    if status:
-        return {**record, "verdict": "failed", "error": errors.strip().splitlines()[-1:] or _death(status)}
-    record |= json.loads(printed.splitlines()[-1])
+    try:
+        record |= in_child(audited, model, SIDES.get(model, SIDE), seconds=SECONDS)
+    except Exception as error:  # whatever a model raises
+        return {**record, "verdict": "failed", "error": f"{type(error).__name__}: {error}"}
     record["verdict"] = "cannot convert" if record["conversion_error"] else record["cpu_verdict"]
     if record["verdict"] == "crashes":
-        status, _, errors = _child(model, "--size", "0", "--bare")
-        record["plain_steps"] = _death(status) if status else "survived"
+        try:
+            in_child(bare_steps, model, seconds=SECONDS)
+            record["plain_steps"] = "survived"
+        except ChildDied as death:
+            record["plain_steps"] = str(death)
     return record
-
-
-def _child(*arguments: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "braze.benchmarks.audit_child", *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=dict(os.environ))
-    except subprocess.TimeoutExpired:
-        return 1, "", f"no answer in {SECONDS} s"
-    return done.returncode, done.stdout, done.stderr
-
-
-def _death(status: int) -> str:
-    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
 
 def _versions() -> str:
@@ -114,7 +101,8 @@ def _models(found: list[Record]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("most bytes are lost by")
     for record in sorted(found, key=lambda record: (VERDICTS.index(record["verdict"]), record["model"])):
-        table.add_row(record["model"], *(_cells(record) if record["verdict"] != "failed" else (f"failed: {record['error']}",)))
+        failed = record["verdict"] == "failed"
+        table.add_row(record["model"], *((f"failed: {record['error']}",) if failed else _cells(record)))
     return table
 
 

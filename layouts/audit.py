@@ -89,15 +89,18 @@ def _channels_last_input(leaf: Any) -> Any:
 def _backward(outputs: Any, trace: Trace) -> None:
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not leaves:
-        raise ValueError("backward=True needs an output that requires a gradient, and there is none: pass backward=False")
+        raise ValueError("backward=True needs an output that requires a gradient: pass backward=False")
     cotangents = [torch.randn_like(leaf) for leaf in leaves]
     with trace:
         torch.autograd.backward(leaves, cotangents)
 
 
 def _twins(calls: Sequence[Call], predicted: Sequence[Call]) -> dict[int, int]:
-    pairs = ((a.inputs() + refs(a.outputs), b.inputs() + refs(b.outputs)) for a, b in zip(calls, predicted, strict=True))
-    return {mine.storage: its.storage for a, b in pairs for mine, its in zip(a, b, strict=False)}
+    pairs = (
+        zip(mine.inputs() + refs(mine.outputs), its.inputs() + refs(its.outputs), strict=False)
+        for mine, its in zip(calls, predicted, strict=True)
+    )
+    return {mine.storage: its.storage for pair in pairs for mine, its in pair}
 
 
 def _judge(calls: Iterable[Call], device: Device, weights: set[int]) -> _Judge:
@@ -175,8 +178,10 @@ class _Judge:
                 self._blamed[output.storage] = (call, output)
 
     def _loses(self, call: Call, output: Ref) -> bool:
-        return output.layout == "contiguous" and output.dtype.is_floating_point and any(
-            ref.layout == "channels_last" and ref.dtype.is_floating_point for ref in self._activations(call)
+        return (
+            output.layout == "contiguous"
+            and output.dtype.is_floating_point
+            and any(ref.layout == "channels_last" and ref.dtype.is_floating_point for ref in self._activations(call))
         )
 
     def _contiguous_inputs(self, call: Call) -> list[Ref]:

@@ -38,7 +38,8 @@ def draw(report: LayoutReport, title: str, path: Path) -> None:
     kinds, modules = worst(report), report.modules
     pages = [modules[i : i + ROWS] for i in range(0, len(modules), ROWS)] or [[""]]
     height = 1.6 + 0.16 * max(map(len, pages))
-    figure, axes = pyplot.subplots(1, len(pages), figsize=(4.2 * len(pages), height), layout="constrained", squeeze=False)
+    size = (4.2 * len(pages), height)
+    figure, axes = pyplot.subplots(1, len(pages), figsize=size, layout="constrained", squeeze=False)
     for axis, page in zip(axes[0], pages, strict=True):
         cells = [[COLOURS[kinds.get((d, b, name), "kept")] for d, b, _ in COLUMNS] for name in page]
         axis.imshow([[matplotlib.colors.to_rgb(cell) for cell in row] for row in cells], aspect="auto")

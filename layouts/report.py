@@ -69,12 +69,14 @@ class LayoutReport:
         return len(self.events)
 
     def verdict(self, device: Device) -> str:
-        """``"crashes"``, ``"loses in forward"``, ``"loses in backward"`` or ``"clean"``."""
-        own = [event for event in self.events if event.device == device]
-        if any(event.kind == "crashes" for event in own):
+        """``"crashes"``, ``"loses in forward"``, ``"loses in backward"`` or ``"clean"``, judged by the convolutions.
+
+        A loss that no convolution meets, such as the copy in ``flatten`` before a classifier, leaves a model clean.
+        """
+        if any(event.kind == "crashes" for event in self.events if event.device == device):
             return "crashes"
-        lost = {event.backward for event in own if event.kind == "loses"}
-        return "loses in forward" if False in lost else "loses in backward" if lost else "clean"
+        found = self.convolutions[device]
+        return "loses in forward" if found.forward_nchw else "loses in backward" if found.backward_nchw else "clean"
 
     def bytes(self, device: Device, *kinds: Kind) -> int:
         """All bytes of the events of these kinds."""
@@ -104,7 +106,7 @@ class LayoutReport:
         return Group(table, *self._summary())
 
     def _rows(self) -> list[tuple[str, ...]]:
-        """Groups of equal events, those that cost most first: the number on each device, and the bytes of the larger."""
+        """Groups of equal events, the costliest first: how many on each device, and the bytes on the worse one."""
         groups: dict[tuple[str, ...], dict[Device, list[int]]] = {}
         for event in self.events:
             module = re.sub(r"(?<![^.])\d+(?![^.])", "*", event.module) or "(the model)"

@@ -1,8 +1,8 @@
 """What a run of a model does to memory: every dispatched operator, its tensors' strides, and the line that asked.
 
 The line of a backward operator is that of the forward operator whose autograd node it belongs to. A node takes the next
-sequence number of its thread when it is made, just before its operator is dispatched; so the number last given out, read
-while an operator is dispatched, is that of its own node, and the engine tells which node it is running.
+sequence number of its thread when it is made, just before its operator is dispatched: so the number last given out,
+read while an operator is dispatched, is that of its own node. The engine tells which node it is running.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Storages:
             return None
         weak = StorageWeakRef(tensor.untyped_storage())
         _, number = self._known.setdefault(weak.cdata, (weak, len(self._known)))
-        return Ref(number, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tensor.dtype)
+        return Ref(number, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), tensor.dtype)
 
     def tree(self, values: Any) -> Any:
         """Nested arguments or outputs, with tensors as :class:`Ref`."""
@@ -144,9 +144,9 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         place = self._place()
         crashes = would_crash(op, args)
-        inputs = self.storages.tree((args, kwargs))
+        seen_args, seen_kwargs = self.storages.tree((args, kwargs))
         outputs = contiguous_backward(op, args, kwargs) if crashes else op(*args, **kwargs)
-        self.calls.append(Call(op, *inputs, self.storages.tree(outputs), place, crashes))
+        self.calls.append(Call(op, seen_args, seen_kwargs, self.storages.tree(outputs), place, crashes))
         return outputs
 
     def _place(self) -> Place:
@@ -159,7 +159,8 @@ class Trace(TorchDispatchMode):
             return place
         number = node._sequence_nr()
         if number == LAST_SEQUENCE_NUMBER:
-            return Place(self._parameters.get(getattr(node, "variable", None), ""), "gradient accumulation", True)
+            parameter = node.variable  # type: ignore[attr-defined]
+            return Place(self._parameters.get(parameter, ""), "gradient accumulation", True)
         found = self._nodes.get(number)
         return Place(found.module, found.line, True) if found else Place("", str(node.name()), True)
 
