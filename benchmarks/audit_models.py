@@ -6,11 +6,11 @@ from __future__ import annotations
 SIDE = 128
 
 #: Sides of models of torchvision that do not take ``SIDE``; timm's say themselves what they take.
-SIDES = {"torchvision:maxvit_t": 224, "torchvision:vit_b_32": 224, "torchvision:inception_v3": 299}
+SIDES = {"torchvision:maxvit_t": 224, "torchvision:vit_b_32": 224}
 
 TORCHVISION = """
 alexnet convnext_tiny deeplabv3_mobilenet_v3_large deeplabv3_resnet50 densenet121 efficientnet_b0 efficientnet_v2_s
-fcn_resnet50 googlenet inception_v3 lraspp_mobilenet_v3_large maxvit_t mnasnet0_5 mobilenet_v2 mobilenet_v3_large
+fcn_resnet50 googlenet lraspp_mobilenet_v3_large maxvit_t mnasnet0_5 mobilenet_v2 mobilenet_v3_large
 mobilenet_v3_small r3d_18 regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d shufflenet_v2_x0_5
 shufflenet_v2_x1_0 squeezenet1_1 swin_t swin_v2_t vgg11_bn vit_b_32 wide_resnet50_2
 """

@@ -9,34 +9,35 @@ meta kernels that err in ways not listed here are believed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .trace import Call, Ref, Storages
 
-CONTIGUOUS, AS_INPUT = "contiguous", "as the first argument"
-
-#: Operator → (the strides that its CUDA kernel gives 4-D outputs, where that is written). Paths are below
-#: ``aten/src/ATen/native``, read at torch 2.9 … 2.11.
-DIFFERENCES: dict[str, tuple[str, str]] = {
-    "aten.native_group_norm": (CONTIGUOUS, "group_norm.cpp: the suggested format on the CPU only"),
-    "aten.native_group_norm_backward": (CONTIGUOUS, "group_norm.cpp: the suggested format on the CPU only"),
-    "aten.pixel_shuffle": (CONTIGUOUS, "PixelShuffle.cpp: math_pixel_shuffle clones as contiguous"),
-    "aten.pixel_unshuffle": (CONTIGUOUS, "PixelShuffle.cpp: math_pixel_unshuffle clones as contiguous"),
-    "aten.roll": (CONTIGUOUS, "cuda/TensorTransformations.cu: empty_like as contiguous"),
-    "aten.max_unpool2d": (CONTIGUOUS, "cuda/MaxUnpooling.cu: the output must be contiguous"),
-    "aten.rrelu_with_noise": (CONTIGUOUS, "cuda/RreluWithNoise.cu: empty_like as contiguous"),
-    "aten.reflection_pad2d": (CONTIGUOUS, "cuda/ReflectionPad.cu"),
-    "aten.reflection_pad2d_backward": (CONTIGUOUS, "cuda/ReflectionPad.cu: zeros_like as contiguous"),
-    "aten.replication_pad2d": (CONTIGUOUS, "cuda/ReplicationPadding.cu"),
-    "aten.replication_pad2d_backward": (CONTIGUOUS, "cuda/ReplicationPadding.cu: zeros_like as contiguous"),
+#: Operator → (the argument whose format its CUDA kernel gives to 4-D outputs, or None where these are contiguous;
+#: where that is written). Paths are below ``aten/src/ATen/native``.
+DIFFERENCES: dict[str, tuple[int | None, str]] = {
+    "aten.native_group_norm": (None, "group_norm.cpp: the suggested format on the CPU only"),
+    "aten.native_group_norm_backward": (None, "group_norm.cpp: the suggested format on the CPU only"),
+    "aten.pixel_shuffle": (None, "PixelShuffle.cpp: math_pixel_shuffle clones as contiguous"),
+    "aten.pixel_unshuffle": (None, "PixelShuffle.cpp: math_pixel_unshuffle clones as contiguous"),
+    "aten.roll": (None, "cuda/TensorTransformations.cu: empty_like as contiguous"),
+    "aten.max_unpool2d": (None, "cuda/MaxUnpooling.cu: the output must be contiguous"),
+    "aten.rrelu_with_noise": (None, "cuda/RreluWithNoise.cu: empty_like as contiguous"),
+    "aten.reflection_pad2d": (None, "cuda/ReflectionPad.cu"),
+    "aten.reflection_pad2d_backward": (None, "cuda/ReflectionPad.cu: zeros_like as contiguous"),
+    "aten.replication_pad2d": (None, "cuda/ReplicationPadding.cu"),
+    "aten.replication_pad2d_backward": (None, "cuda/ReplicationPadding.cu: zeros_like as contiguous"),
+    # The meta kernel is a formula of elementwise operators, and follows the gradient.
+    "aten.native_batch_norm_backward": (1, "cudnn/BatchNorm.cpp: the input's suggested format"),
     # The meta kernel says contiguous under 16 channels, where CUDA only chooses another kernel.
-    "aten.upsample_bilinear2d": (AS_INPUT, "UpSampleBilinear2d.cpp: the meta function suggests the input's format"),
+    "aten.upsample_bilinear2d": (0, "UpSampleBilinear2d.cpp: the input's suggested format"),
 }
 
 
@@ -92,8 +93,7 @@ class _Player:
         if fakes is None or not _same_shapes(call.outputs, fakes):
             self.unplayed.add(call.name)
             return tree_map(lambda leaf: self._empty(leaf) if isinstance(leaf, Ref) else leaf, call.outputs)
-        rule, _ = DIFFERENCES.get(call.name, (None, ""))
-        return fakes if rule is None else tree_map(lambda leaf: _restrided(leaf, rule, args[0]), fakes)
+        return tree_map(lambda leaf: _restrided(call.name, leaf, args), fakes) if call.name in DIFFERENCES else fakes
 
 
 def _call(call: Call, args: Any, kwargs: Any) -> Any:
@@ -118,9 +118,9 @@ def _same_shapes(outputs: Any, fakes: Any) -> bool:
     )
 
 
-def _restrided(fake: Any, rule: str, first: Tensor) -> Any:
+def _restrided(name: str, fake: Any, args: Any) -> Any:
     if not isinstance(fake, Tensor) or fake.dim() != 4:
         return fake
-    suggested: Callable[[Tensor], torch.memory_format] = torch._prims_common.suggest_memory_format
-    wanted = torch.contiguous_format if rule == CONTIGUOUS else suggested(first)
+    argument, _ = DIFFERENCES[name]
+    wanted = torch.contiguous_format if argument is None else suggest_memory_format(args[argument])
     return torch.empty_like(fake, memory_format=wanted)
