@@ -43,6 +43,8 @@ def draw(report: LayoutReport, title: str, path: Path) -> None:
     for axis, page in zip(axes[0], pages, strict=True):
         cells = [[COLOURS[kinds.get((d, b, name), "kept")] for d, b, _ in COLUMNS] for name in page]
         axis.imshow([[matplotlib.colors.to_rgb(cell) for cell in row] for row in cells], aspect="auto")
+        axis.set_ylim(len(pages[0]) - 0.5, -0.5)  # cells of one height on all pages
+        axis.spines[:].set_visible(False)
         axis.set_yticks(range(len(page)), [name[-40:] or "(the model)" for name in page], fontsize=6)
         axis.set_xticks(range(len(COLUMNS)), [label for *_, label in COLUMNS], fontsize=6)
         axis.set_xticks([x + 0.5 for x in range(len(COLUMNS) - 1)], minor=True)

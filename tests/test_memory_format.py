@@ -283,7 +283,8 @@ print("survived")
 
 def test_the_crash_of_onednn_is_guarded_against() -> None:
     done = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True)
-    assert done.stdout == "survived\n", done.stderr
+    # Unguarded, some runs print and die on the way out, freeing what was overwritten.
+    assert (done.returncode, done.stdout) == (0, "survived\n"), done.stderr
 
 
 def test_a_guarded_convolution_computes_the_same() -> None:
