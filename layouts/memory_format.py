@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ def channels_last(model: nn.Module, example: Any = None) -> FormatReport:
     before = copy.deepcopy(model) if inputs else None
     records = [_convert(path, module) for path, module in convolutions(model)]
     if any(record.status == "converted" for record in records):
-        _hook(model, model.register_forward_pre_hook, _ConvertInputs(), with_kwargs=True)
+        _convert_inputs(model)
     if before is None:
         return FormatReport(records)
     check = compare(before, copy.deepcopy(model), inputs)
@@ -143,7 +143,7 @@ def _redundant(model: nn.Module, inputs: tuple[Any, ...], on_cpu: bool) -> str:
 
 
 def _loses(model: nn.Module, inputs: tuple[Any, ...], on_cpu: bool) -> str:
-    report = audit(model, *inputs, backward=_trains(model, inputs))
+    report = audit(model, *inputs, backward=_trains(model))
     found = report.convolutions["cpu" if on_cpu else "cuda"]
     fed, total = found.forward_nchw + found.backward_nchw, found.forward + found.backward
     if total and fed / total > MOST_NCHW:
@@ -151,7 +151,7 @@ def _loses(model: nn.Module, inputs: tuple[Any, ...], on_cpu: bool) -> str:
     return ""
 
 
-def _trains(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
+def _trains(model: nn.Module) -> bool:
     return model.training and any(p.requires_grad for p in model.parameters())
 
 
@@ -176,10 +176,10 @@ def _convert(path: str, module: nn.Conv2d | nn.ConvTranspose2d) -> FormatRecord:
     return FormatRecord(path, "guarded", "its weight gradient crashes oneDNN in channels_last")
 
 
-def _hook(model: nn.Module, register: Any, hook: Any, **options: Any) -> None:
-    """Add a hook once."""
-    if not any(isinstance(one, type(hook)) for one in model._forward_pre_hooks.values()):
-        register(hook, **options)
+def _convert_inputs(model: nn.Module) -> None:
+    """Add the hook once."""
+    if not any(isinstance(hook, _ConvertInputs) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(_ConvertInputs(), with_kwargs=True)
 
 
 def _is_plain(weight: Tensor) -> bool:

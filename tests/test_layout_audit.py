@@ -178,7 +178,7 @@ def test_an_expanded_gradient_that_reaches_a_convolution_is_blamed() -> None:
 def test_weights_are_not_activations() -> None:
     class Pruned(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
-            return F.conv2d(x, self.weight.masked_fill(self.weight > 0.1, 0.0))
+            return F.conv2d(x, (2 * self.weight).masked_fill(self.weight > 0.1, 0.0))
 
     report = audit(nn.Sequential(nn.Conv2d(3, 8, 3), Pruned(8, 8, 3)), images())
     assert report.verdict("cpu") == "clean"
