@@ -18,7 +18,7 @@ def convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d | nn.ConvTra
 
 
 def would_crash(op: Any, args: Any) -> bool:
-    """Whether this call is a weight gradient at which oneDNN writes past its buffer (oneDNN issue 6035).
+    """Whether this call is a weight gradient at which oneDNN writes past its buffer (oneDNN #6035).
 
     Found by one process for each case, torch 2.15 on AVX-512: only the gradient of the weight, only where input *or*
     weight is channels_last. Images of 96² and more crash; smaller ones overwrite less than the slack of the buffer.
