@@ -20,6 +20,8 @@ COMMANDS = {
     "loaders": "time collating, crossing from a worker and normalizing against torch, timm and torchvision",
     "rounding": "train a language model in bfloat16 alone, by how parameters are rounded, against float32",
     "packing": "train a language model on packed and on padded batches of the same documents",
+    "audit": "which torchvision and timm models keep channels_last, which lose it, and where",
+    "channels_last": "time a training step of convolutional models, channels_last against contiguous",
     "demo": "train real models under Lightning, vanilla and fused, side by side",
 }
 
