@@ -263,7 +263,7 @@ def _error(value: Tensor, wanted: Tensor) -> float:
 def _reference_runs(
     case: Case, call: Call, cotangents: list[Tensor], derive: Callable[..., Results], scale: float
 ) -> tuple[Results, Results]:
-    """The reference in float64 and in the dtype under test, with ``scale`` times the differentiable inputs and cotangents.
+    """The reference in float64 and in the dtype under test, with ``scale`` times the inputs and cotangents.
 
     Without the cotangents the gradient of a bias, which is a sum of them, would have the same error each time.
     """
