@@ -1,9 +1,9 @@
 """``python -m braze.benchmarks rounding``: a language model trained in nothing but bfloat16, by how it is rounded.
 
-The demo's Llama over bytes, AdamW with a cosine schedule; for each seed the same weights and data. Parameters, gradients
-and activations are bfloat16; nothing is float32 but, where braze rounds, AdamW's moments. Two trainings in bfloat16 that
-differ in a single rounding part ways as two seeds do, so that one seed shows nothing: there are several, and a float32
-copy of the weights, whose roundings are what compensation is for, stands beside.
+The demo's Llama over bytes, AdamW with a cosine schedule; for each seed the same weights and data. Parameters,
+gradients and activations are bfloat16; nothing is float32 but, where braze rounds, AdamW's moments. Trainings that
+differ in a rounding soon part ways, so that one seed shows little: there are several. Beside them stand weights that a
+float32 copy rounds to at every step: compensation does the same in less memory, and can do no better.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def _plot(runs: list[Run], path: Path) -> None:
     ends.invert_yaxis()
     ends.set(
         xlabel="loss ÷ float32's of the same seed; bar: mean, grey: within 1 %",
-        title="● train, last steps   × validation",
+        title="circles: train, last steps; crosses: validation",
     )
     ends.grid(alpha=0.3, axis="x")
     figure.suptitle("Llama over bytes in bfloat16: same seeds, same data, other rounding")

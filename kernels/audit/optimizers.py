@@ -77,11 +77,9 @@ def launches(case: Case, device: str) -> None:
         return [torch.zeros(size, dtype=dtype, device=device) if wanted else None for size in SIZES]
 
     states = [each(case.state, s < case.states) for s in range(3)]
-    if case.state == torch.int8:
-        scales = [[torch.zeros(quantization.blocks(size), device=device) for size in SIZES] for _ in range(case.states)]
-        scales += [[None] * len(SIZES)] * (3 - case.states)
-    else:
-        scales = [[None] * len(SIZES)] * 3
+    scales: list[list[Tensor | None]] = [[None] * len(SIZES)] * 3
+    for s in range(case.states if case.state == torch.int8 else 0):
+        scales[s] = [torch.zeros(quantization.blocks(size), device=device) for size in SIZES]
     averages = each(torch.float32, "average" in case.options)
     lost = each(case.parameter, "kahan" in case.options)
     steps = [torch.ones((), device=device) for _ in SIZES]

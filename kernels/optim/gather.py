@@ -140,7 +140,7 @@ def _recipe(extras: Extras, rule: Rule, group: Group, dtype: torch.dtype, small:
     rounding = extras["rounding"]
     if dtype != torch.bfloat16 and not (quantized and rounding == "stochastic"):
         rounding = "nearest"
-    if asked == "8bit":
+    if isinstance(asked, str):
         state = torch.int8 if quantized else torch.promote_types(dtype, torch.float32)
     else:
         state = asked or (dtype if rounding == "nearest" else torch.float32)
@@ -188,7 +188,9 @@ def _entry(optimizer: FusedStep, rule: Rule, recipe: Recipe, p: Tensor, index: i
         grad = torch.empty_like(own, dtype=grad.dtype).copy_(grad)
         if "clear" in recipe.options:
             local(p.grad).zero_()
-    mine = {name: local(state[name]) for name in (*recipe.names, *scales, *recipe.wanted, *shapes)} if sharded else state
+    mine = (
+        {name: local(state[name]) for name in (*recipe.names, *scales, *recipe.wanted, *shapes)} if sharded else state
+    )
     return Entry(
         p,
         own,

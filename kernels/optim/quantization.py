@@ -6,10 +6,10 @@ Like the dynamic maps of the source it is finest near zero: c and c + 1 are 4 / 
 value above zero is 2.4·10⁻¹⁰ of the scale (3.8·10⁻⁹ with a sign). Unlike them it needs no table: decoding is three
 multiplications, encoding two square roots, and the largest element of a block is kept exactly.
 
-To nearest, c = ⌊C·(|x| / scale)^¼ + ½⌋, so that an element with code c is off by at most scale·((c + ½)⁴ − c⁴) / C⁴. What
-is above zero keeps a code above zero if there is no sign: a second moment is divided by. With 16 random bits x̂ is one
-of the two neighbours of x, and right on average; without them a decay that is slower than half a step, such as that of
-β₂ = 0.999, moves nothing but the scale.
+To nearest, c = ⌊C·(|x| / scale)^¼ + ½⌋, so that an element with code c is off by at most scale·((c + ½)⁴ − c⁴) / C⁴.
+What is above zero keeps a code above zero if there is no sign: a second moment is divided by. With 16 random bits x̂ is
+one of the two neighbours of x, and right on average; without them a decay that is slower than half a step, such as that
+of β₂ = 0.999, moves nothing but the scale.
 
 A value that is not finite makes its whole block NaN.
 
@@ -33,7 +33,7 @@ BLOCK = 256
 LEAST = 4096
 #: The state that holds the scales of another is called as that, and this.
 SCALE = "_scale"
-#: What no state without a sign may become by rounding: they are second moments, or the maximum of some.
+#: States that are never negative.
 UNSIGNED = ("exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -48,7 +48,7 @@ def blocks(elements: int) -> int:
 
 
 def quantize(x: Tensor, dtype: torch.dtype, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes of ``dtype`` (int8 has a sign, uint8 none) and the scales of float32 x [N]; ``draws`` are 16 random bits."""
+    """Codes of ``dtype`` (int8 has a sign, uint8 none) and scales of float32 x [N]; ``draws`` are 16 random bits."""
     own = _in_blocks(x)
     magnitude = own.abs()
     scale = torch.where(own.isfinite(), magnitude, torch.inf).amax(1)
@@ -136,8 +136,8 @@ def check(optimizer: str, p: Tensor, state: Mapping[str, Any]) -> None:
         wanted = shard_blocks(p) if sharding.is_sharded(p) else blocks(p.numel())
         if sharding.is_sharded(scales) != sharding.is_sharded(p) or len(_own(scales)) != wanted:
             raise ValueError(
-                f"{optimizer}: {name} of a parameter {tuple(p.shape)} must have a scale for each of the {wanted} blocks "
-                f"of a shard, got {len(_own(scales))}; it was saved from other shards: save "
+                f"{optimizer}: {name} of a parameter {tuple(p.shape)} must have a scale for each of the {wanted} "
+                f"blocks of a shard, got {len(_own(scales))}; it was saved from other shards: save "
                 "braze.kernels.optim.dequantized(state_dict), which fits all"
             )
 

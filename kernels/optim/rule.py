@@ -117,15 +117,15 @@ def update(
     x, *found = reference(x, d, [s.to(wide) for s in before], scalars.unbind(), options, first)
     if average is not None:
         average.add_(x.to(average.dtype) - average, alpha=weight)
-    draws: tuple[Tensor | None, ...] = (None, None, None)
+    draws: Sequence[Tensor | None] = (None, None, None)
     if keys is not None:
         bits = random_bits(keys, p)
         more = mix(bits)
-        draws = (bits >> 16, more & 0xFFFF, more >> 16)
+        draws = own_draws = (bits >> 16, more & 0xFFFF, more >> 16)
         if p.dtype == torch.bfloat16:
             x = rounded(x, bits & 0xFFFF)
         if states and states[0].dtype == torch.bfloat16:
-            found = [rounded(s, draw) for s, draw in zip(found, draws, strict=False)]
+            found = [rounded(s, draw) for s, draw in zip(found, own_draws, strict=False)]
     if lost is not None:
         # In bits: the compiler leaves out a conversion to bfloat16 and back.
         nearest = rounded(x, 0x7FFF + ((x.view(torch.int32) >> 16) & 1))

@@ -1,6 +1,6 @@
 """States in 8 bits, as ``optim/quantization.py`` defines them: a tile of whole blocks, in and out of float32.
 
-    x̂ = scale·(c / C)⁴·sign        C = 127 with a sign, 255 without
+x̂ = scale·(c / C)⁴·sign        C = 127 with a sign, 255 without
 """
 
 from __future__ import annotations
@@ -53,8 +53,5 @@ def quantized(x, draws, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, TILE: tl
         code += tl.where(draws.to(tl.float32) * 0.0000152587890625 * (high - low) < part - low, 1.0, 0.0)
     else:
         code = tl.minimum(tl.floor(place + 0.5), C)
-    if SIGNED:
-        code = tl.where(x < 0.0, -code, code)
-    else:
-        code = tl.where((part > 0.0) & (code < 1.0), 1.0, code)
+    code = tl.where(x < 0.0, -code, code) if SIGNED else tl.where((part > 0.0) & (code < 1.0), 1.0, code)
     return code, scale
