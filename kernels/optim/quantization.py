@@ -70,12 +70,12 @@ def quantize(x: Tensor, dtype: torch.dtype, draws: Tensor | None = None) -> tupl
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """Float32 [N] of codes [N]."""
+    """Float32 [N] of codes [N]; there may be more scales than blocks."""
     own = _in_blocks(codes.float()) * (1.0 / torch.iinfo(codes.dtype).max)
     found = _fourth_power(own)
     if codes.dtype == torch.int8:
         found = torch.where(own < 0, -found, found)
-    return (found * scale[:, None]).flatten()[: len(codes)]
+    return (found * scale[: len(own), None]).flatten()[: len(codes)]
 
 
 def _fourth_power(u: Tensor) -> Tensor:
@@ -153,8 +153,7 @@ def write(x: Tensor, codes: Tensor, scales: Tensor) -> None:
 def read(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 state behind codes."""
     x = torch.zeros_like(codes, dtype=torch.float32)
-    own = flat(_own(codes))
-    flat(_own(x)).copy_(dequantize(own, _own(scales)[: blocks(len(own))]))
+    flat(_own(x)).copy_(dequantize(flat(_own(codes)), _own(scales)))
     return x
 
 
