@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from braze.kernels import optim
-from braze.kernels.audit.child import audit_optimizers
+from braze.kernels.audit.child import audit_others
 
 from . import timing
 from .records import Record
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     records: list[Record] = [
         {"benchmark": "optim", "measure": what, **record}
         for what in ("traffic", "code")
-        for record in audit_optimizers(what)
+        for record in audit_others("optimizers", what)
     ]
     show_audit(records)
     models = {name: shapes for name, shapes in MODELS.items() if name == "ResNet-50" or not arguments.quick}

@@ -90,9 +90,11 @@ def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
     assert first is not None
     if first.device.type in op.autocast_to_float32 and torch.is_autocast_enabled(first.device.type):
         tensors = tuple(_to_float32(t) for t in tensors)
-    if torch.compiler.is_compiling():
+    sharded = any(sharding.is_sharded(t) for t in tensors)
+    # DTensors bring the compiler the plain reference's operations, but know nothing of an opaque one.
+    if torch.compiler.is_compiling() and not (sharded and op.traced):
         return (op.traced or op.reference)(*tensors, **options)
-    if any(sharding.is_sharded(t) for t in tensors):
+    if sharded:
         signature = op.axes if isinstance(op.axes, str) else op.axes(*tensors, **options)
         return sharding.run(op.name, functools.partial(run, op, **options), signature, tensors)
     backend = choose(op, tensors, **options).backend

@@ -8,11 +8,13 @@ import json
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from braze.benchmarks import accuracy, losses, memory, ops, optim, timing
+from braze.benchmarks import accuracy, losses, memory, ops, optim, rounding, timing
 from braze.kernels import OPS, linear_cross_entropy
 from braze.kernels.op import Op
 
@@ -248,3 +250,23 @@ def test_a_step_of_an_optimizer_is_timed_and_audited_figures_are_shown(capsys: p
     printed = capsys.readouterr().out
     assert "AdamW, clipped" in printed
     assert re.search(r"AdamW +1\.003 +95 … 133 +8 +64 bit", printed)
+
+
+def test_roundings_are_compared_with_float32_of_the_same_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        rounding.Run(title, seed, [4.0, 2.0 * (1 + seed) * (1 + 0.01 * place)] * rounding.LAST, 3.0 + seed)
+        for seed in range(2)
+        for place, title in enumerate(rounding.WAYS)
+    ]
+    records = rounding.report(runs, tmp_path / "plot.png", Console(width=200))
+    assert len(records) == len(runs)
+    for record, run in zip(records, runs, strict=True):
+        place = list(rounding.WAYS).index(run.title)
+        last, wanted = ((4.0 + 2.0 * (1 + run.seed) * (1 + 0.01 * k)) / 2 for k in (place, 0))
+        assert record["train_of_float32"] == pytest.approx(last / wanted)
+        assert record["validation_of_float32"] == 1.0
+    assert (tmp_path / "plot.png").stat().st_size > 0
+    printed = capsys.readouterr().out
+    assert all(title in printed for title in rounding.WAYS)

@@ -16,7 +16,7 @@ import pytest
 from packaging.version import Version
 
 from braze.kernels.audit.cases import audited_operators
-from braze.kernels.audit.child import audit
+from braze.kernels.audit.child import audit, audit_others
 from braze.kernels.audit.machine_code import TARGETS
 from braze.kernels.op import Op
 
@@ -99,6 +99,25 @@ def test_memory_is_accessed_128_bits_at_a_time(op, which):
             assert all(r["widest_load"] >= 128 for r in kernels), (call, kernels)
             if not {kernels[0]["variant"], plain} & reductions:
                 assert max(r["widest_store"] for r in kernels) >= 128, (call, kernels)
+
+
+@pytest.mark.xdist_group("audit of vocab_parallel")
+def test_kernels_of_classes_in_parts_move_the_least_bytes():
+    found = audit_others("vocab_parallel", "traffic")
+    assert {r["kernel"] for r in found} == {"_statistics", "_gradient"}
+    for record in found:
+        assert 0.98 < record["ratio"] <= 1.02, record
+
+
+@pytest.mark.xdist_group("audit of vocab_parallel")
+def test_kernels_of_classes_in_parts_spill_nothing_and_access_128_bits_at_a_time():
+    found = audit_others("vocab_parallel", "code")
+    assert {r["target"] for r in found} == set(TARGETS)
+    for record in found:
+        assert record["spills"] == 0, record
+        assert record["widest_load"] >= 128, record
+        # A row's statistics are numbers; the gradient is as large as the logits.
+        assert record["kernel"] == "_statistics" or record["widest_store"] >= 128, record
 
 
 def meter(what: str) -> Any:

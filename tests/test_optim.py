@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from braze.kernels import optim, use_backend
-from braze.kernels.audit.child import audit_optimizers
+from braze.kernels.audit.child import audit_others
 
 #: None is what the CPU runs by default: PyTorch's own fused kernels.
 BACKENDS = [None, "eager", "compile", "triton"]
@@ -337,7 +337,11 @@ def test_what_cannot_be_updated_is_refused_before_anything_changes(
         ({"max_norm": 0.0}, ValueError, "max_norm must be positive, got 0.0"),
         ({"ema_decay": 1.0}, ValueError, r"ema_decay must lie in \[0, 1\), got 1.0"),
         ({"rounding": "up"}, ValueError, "rounding must be one of nearest, stochastic, kahan, got 'up'"),
-        ({"state_dtype": torch.float16}, ValueError, "state_dtype must be torch.float32 or torch.bfloat16"),
+        (
+            {"state_dtype": torch.float16},
+            ValueError,
+            "state_dtype must be torch.float32, torch.bfloat16 or .8bit., got",
+        ),
         ({"seed": -1}, ValueError, "seed must lie in"),
         ({"differentiable": True}, ValueError, "differentiable must be False"),
         ({"maxnorm": 1.0}, TypeError, "no argument maxnorm; beside torch's own there are max_norm"),
@@ -362,7 +366,7 @@ def test_lion_checks_its_own() -> None:
 
 @pytest.fixture(scope="module")
 def records() -> dict[str, list[dict[str, Any]]]:
-    return {"traffic": audit_optimizers("traffic"), "code": audit_optimizers("code")}
+    return {what: audit_others("optimizers", what) for what in ("traffic", "code")}
 
 
 @pytest.mark.xdist_group("audit of optimizers")

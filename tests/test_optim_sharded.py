@@ -44,6 +44,46 @@ def _whole() -> tuple[dict[str, Any], list[Any]]:
     return model.state_dict(), norms
 
 
+def _eight_bit() -> None:
+    """A shard is updated as a parameter of its own, in blocks; and a checkpoint resumes with the same bits."""
+    from torch.distributed.fsdp import fully_shard
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        layer = nn.Linear(256, 41)  # 21 and 20 blocks
+        fully_shard(layer)
+        return layer
+
+    def differentiated(layer: nn.Module, step: int) -> list[nn.Parameter]:
+        x = torch.randn(4, 256, generator=torch.Generator().manual_seed(step))
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        return list(layer.parameters())
+
+    arguments = {"state_dtype": "8bit", "rounding": "stochastic"}
+    layer, other = model(), model()
+    optimizer, resumed = (optim.AdamW(each.parameters(), **arguments) for each in (layer, other))
+    own = [nn.Parameter(p.detach().to_local().clone()) for p in layer.parameters()]
+    plain = optim.AdamW(own, **arguments)
+    for step in range(3):
+        for q, p in zip(own, differentiated(layer, step), strict=True):
+            q.grad = p.grad.to_local().clone()
+        optimizer.step()
+        plain.step()
+    weight = layer.weight
+    torch.testing.assert_close(weight.detach().to_local(), own[0].detach(), rtol=0, atol=0)
+    assert optimizer.state[weight]["exp_avg"].dtype == torch.int8
+    assert len(optimizer.state[weight]["exp_avg_scale"].to_local()) == 21
+    wide = optim.dequantized(optimizer.state_dict())["state"][0]["exp_avg"]
+    torch.testing.assert_close(wide.to_local(), optim.dequantized(plain.state_dict())["state"][0]["exp_avg"])
+    other.load_state_dict(layer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its in ((layer, optimizer), (other, resumed)):
+        differentiated(each, 3)
+        its.step()
+    torch.testing.assert_close(other.weight.to_local(), weight.to_local(), rtol=0, atol=0)
+
+
 def _agrees(rank: int, rendezvous: str, results: Any) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -86,6 +126,8 @@ def _agrees(rank: int, rendezvous: str, results: Any) -> None:
             found = {name: t.full_tensor() for name, t in sharded.state_dict().items()}
             torch.testing.assert_close(found, whole.state_dict())
             results[rank, of.__name__] = "agreed"
+        _eight_bit()
+        results[rank, "8 bit"] = "agreed"
     finally:
         dist.destroy_process_group()
 
@@ -98,6 +140,6 @@ def outcomes() -> dict[tuple[int, str], str]:
         return dict(results)
 
 
-@pytest.mark.parametrize("run", [*BACKENDS, "Muon", "Adafactor"])
+@pytest.mark.parametrize("run", [*BACKENDS, "Muon", "Adafactor", "8 bit"])
 def test_shards_are_updated_as_the_whole(outcomes: dict[tuple[int, str], str], run: str) -> None:
     assert {outcomes[rank, run] for rank in range(PROCESSES)} == {"agreed"}

@@ -254,6 +254,24 @@ def _compiles_whole(rank: int) -> None:
             torch.testing.assert_close(got, (dh.float(), dw[own].float()))
 
 
+def _compiles_dtensors(rank: int) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    hidden, weight, target = (t.float() if t.is_floating_point() else t for t in _head())
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    wanted = F.cross_entropy(leaves[0] @ leaves[1].mT, target)
+    wanted.backward()
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    for tokens, classes in (([Replicate()], [Shard(0)]), ([Shard(0)], [Replicate()])):
+        h = distribute_tensor(hidden, mesh, tokens).requires_grad_()
+        w = distribute_tensor(weight, mesh, classes).requires_grad_()
+        loss = compiled(h, w, distribute_tensor(target, mesh, tokens))
+        loss.backward()
+        torch.testing.assert_close(loss.full_tensor(), wanted.detach())
+        torch.testing.assert_close([h.grad.full_tensor(), w.grad.full_tensor()], [t.grad for t in leaves])
+
+
 def _only_what_is_wanted(rank: int) -> None:
     hidden, weight, target = (t.float() if t.is_floating_point() else t for t in _head())
     own = _own(rank, (5, 28))
@@ -436,6 +454,7 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
     "second derivatives": (_second_derivatives, ()),
     "second derivatives of DTensors": (_second_derivatives_of_dtensors, ()),
     "torch.compile": (_compiles_whole, ()),
+    "torch.compile of DTensors": (_compiles_dtensors, ()),
     "only what is wanted": (_only_what_is_wanted, ()),
     "masked vocabulary": (_masked_vocabulary, ()),
     "target out of range": (_target_out_of_range, ()),

@@ -43,13 +43,15 @@ def audit(
     return records
 
 
-def audit_optimizers(what: Literal["traffic", "code"]) -> list[dict[str, Any]]:
-    """Every record of an audit of the optimizers' kernels.
+def audit_others(
+    kernels: Literal["optimizers", "vocab_parallel"], what: Literal["traffic", "code"]
+) -> list[dict[str, Any]]:
+    """Every record of an audit of kernels that no operator's call reaches.
 
     Raises:
         RuntimeError: as :func:`audit`.
     """
-    with _python(["-m", "braze.kernels.audit.optimizers", what], interpret=what == "traffic") as process:
+    with _python(["-m", f"braze.kernels.audit.{kernels}", what], interpret=what == "traffic") as process:
         lines, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(f"the audit of {what} failed:\n{errors}")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..optim import quantization
 from .machine_code import compiled
 from .traffic import metered
 
@@ -30,7 +31,8 @@ class Case(NamedTuple):
     state: torch.dtype = torch.float32
 
 
-#: AdamW with all that may surround it, for three roundings, and each other rule as it is used most.
+#: AdamW with all that may surround it, for three roundings, and each other rule as it is used most; all with states in
+#: 8 bits, whose dtype is int8 here.
 CASES = {
     "SGD": Case("sgd", 0, ()),
     "SGD, Nesterov momentum": Case("sgd", 1, ("momentum", "nesterov", "maximize")),
@@ -43,6 +45,17 @@ CASES = {
     ),
     "AdamW, bfloat16, Kahan": Case("adam", 2, ("step", "decoupled", "kahan"), torch.bfloat16),
     "Lion": Case("lion", 1, ()),
+    "SGD, momentum, 8-bit states": Case("sgd", 1, ("momentum",), state=torch.int8),
+    "Adam, AMSGrad, 8-bit states": Case("adam", 3, ("step", "amsgrad"), state=torch.int8),
+    "AdamW, 8-bit states": Case("adam", 2, ("step", "decoupled"), state=torch.int8),
+    "AdamW, averaged, 8-bit states, stochastic": Case(
+        "adam", 2, ("step", "decoupled", "average", "stochastic"), state=torch.int8
+    ),
+    "AdamW, bfloat16, stochastic, 8-bit states": Case(
+        "adam", 2, ("step", "decoupled", "stochastic"), torch.bfloat16, torch.int8
+    ),
+    "AdamW, bfloat16, Kahan, 8-bit states": Case("adam", 2, ("step", "decoupled", "kahan"), torch.bfloat16, torch.int8),
+    "Lion, 8-bit states": Case("lion", 1, (), state=torch.int8),
 }  # fmt: skip
 
 
@@ -52,7 +65,8 @@ def least_bytes(case: Case) -> int:
     bytes_each += 2 * torch.float32.itemsize if "average" in case.options else 0
     bytes_each += case.parameter.itemsize if "clear" in case.options else 0
     bytes_each += 2 * case.parameter.itemsize if "kahan" in case.options else 0
-    return sum(SIZES) * bytes_each
+    scales = sum(map(quantization.blocks, SIZES)) if case.state == torch.int8 else 0
+    return sum(SIZES) * bytes_each + 2 * case.states * scales * torch.float32.itemsize
 
 
 def launches(case: Case, device: str) -> None:
@@ -63,10 +77,13 @@ def launches(case: Case, device: str) -> None:
         return [torch.zeros(size, dtype=dtype, device=device) if wanted else None for size in SIZES]
 
     states = [each(case.state, s < case.states) for s in range(3)]
+    scales: list[list[Tensor | None]] = [[None] * len(SIZES)] * 3
+    for s in range(case.states if case.state == torch.int8 else 0):
+        scales[s] = [torch.zeros(quantization.blocks(size), device=device) for size in SIZES]
     averages = each(torch.float32, "average" in case.options)
     lost = each(case.parameter, "kahan" in case.options)
     steps = [torch.ones((), device=device) for _ in SIZES]
-    roles: list[list[Any]] = [each(case.parameter), each(case.parameter), steps, *states, averages, lost]
+    roles: list[list[Any]] = [each(case.parameter), each(case.parameter), steps, *states, averages, lost, *scales]
     hyper = [[0.1] * {"sgd": 4, "adam": 5, "lion": 4}[case.rule]]
     table = kernels.table(roles, [0, 0], [1, 2], [False, False], hyper)
     number = torch.zeros((), device=device)

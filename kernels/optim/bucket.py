@@ -20,7 +20,7 @@ class Kind(NamedTuple):
         device: where they are.
         parameter: their dtype, and so are gradient and state.
         gradient: likewise.
-        state: likewise.
+        state: likewise; of states in 8 bits int8.
         options: what the step does to them.
         dense: whether all of a parameter's tensors lie alike in memory and without gaps: a kernel sees one long row.
         shards: the device meshes, and their dims, over which the parameters are cut up.
@@ -45,6 +45,7 @@ class Entry(NamedTuple):
         grad: its gradient.
         step: the number of steps, if the rule asks for it.
         states: of the rule's reference.
+        scales: of the blocks of these states, where they are in 8 bits.
         direction_states: of its direction.
         average: the running average.
         lost: what rounding took.
@@ -58,6 +59,7 @@ class Entry(NamedTuple):
     grad: Tensor
     step: Tensor | None
     states: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
     direction_states: tuple[Tensor, ...]
     average: Tensor | None
     lost: Tensor | None
@@ -76,12 +78,13 @@ class Bucket:
         self.grads: list[Tensor] = columns[2]
         self.steps: list[Tensor | None] = columns[3]
         self.states: list[tuple[Tensor, ...]] = columns[4]
-        self.direction_states: list[tuple[Tensor, ...]] = columns[5]
-        self.averages: list[Tensor | None] = columns[6]
-        self.lost: list[Tensor | None] = columns[7]
-        self.groups: list[int] = columns[8]
-        self.numbers: list[int] = columns[9]
-        self.first: list[bool] = columns[10]
+        self.scales: list[tuple[Tensor, ...]] = columns[5]
+        self.direction_states: list[tuple[Tensor, ...]] = columns[6]
+        self.averages: list[Tensor | None] = columns[7]
+        self.lost: list[Tensor | None] = columns[8]
+        self.groups: list[int] = columns[9]
+        self.numbers: list[int] = columns[10]
+        self.first: list[bool] = columns[11]
 
 
 def local(t: Tensor, like: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import sharding
+from . import quantization
 from .bucket import Bucket, Entry, Kind, local, shards
 from .rule import Group, Rule
 
@@ -26,8 +27,8 @@ class Recipe(NamedTuple):
     Attributes:
         options: their names.
         names: of the states that the rule's reference updates.
-        state: the dtype of states.
-        wanted: the name and dtype of every state as large as its parameter.
+        state: the dtype of states; int8 for those in 8 bits.
+        wanted: the name and dtype of every other state as large as its parameter.
     """
 
     options: tuple[str, ...]
@@ -58,7 +59,7 @@ class Gathered(NamedTuple):
     """
 
     params: list[list[tuple[Tensor, Row | None]]]
-    recipes: list[dict[tuple[Rule, torch.dtype], Recipe]]
+    recipes: list[dict[tuple[Rule, torch.dtype, bool], Recipe]]
     buckets: dict[Kind, Bucket]
 
 
@@ -73,17 +74,17 @@ def gather(optimizer: FusedStep) -> dict[Kind, Bucket]:
     found = Gathered([], [], {})
     number, plain = -1, True
     for index, group in enumerate(optimizer.param_groups):
-        recipes: dict[tuple[Rule, torch.dtype], Recipe] = {}
+        recipes: dict[tuple[Rule, torch.dtype, bool], Recipe] = {}
         rows: list[tuple[Tensor, Row | None]] = []
         for p in group["params"]:
             number += 1
             if p.grad is None:
                 rows.append((p, None))
                 continue
-            rule, dtype = optimizer._rule_of(p, group), p.dtype
-            if (rule, dtype) not in recipes:
-                recipes[rule, dtype] = _recipe(optimizer._extras, rule, group, dtype)
-            recipe = recipes[rule, dtype]
+            rule, dtype, small = optimizer._rule_of(p, group), p.dtype, _stays_wide(p)
+            if (rule, dtype, small) not in recipes:
+                recipes[rule, dtype, small] = _recipe(optimizer._extras, rule, group, dtype, small)
+            recipe = recipes[rule, dtype, small]
             entry, dense = _entry(optimizer, rule, recipe, p, index, number)
             kind = Kind(rule, p.device, dtype, entry.grad.dtype, recipe.state, recipe.options, dense, shards(p))
             entries[kind].append(entry)
@@ -106,8 +107,8 @@ def _is_as_it_was(optimizer: FusedStep, last: Gathered) -> bool:
     for group, rows, recipes in zip(groups, last.params, last.recipes, strict=True):
         if len(group["params"]) != len(rows):
             return False
-        for (rule, dtype), recipe in recipes.items():
-            if _recipe(optimizer._extras, rule, group, dtype) != recipe:
+        for (rule, dtype, small), recipe in recipes.items():
+            if _recipe(optimizer._extras, rule, group, dtype, small) != recipe:
                 return False
         for p, (before, row) in zip(group["params"], rows, strict=True):
             grad = p.grad
@@ -132,11 +133,18 @@ def _is_as_it_was(optimizer: FusedStep, last: Gathered) -> bool:
     return True
 
 
-def _recipe(extras: Extras, rule: Rule, group: Group, dtype: torch.dtype) -> Recipe:
+def _recipe(extras: Extras, rule: Rule, group: Group, dtype: torch.dtype, small: bool) -> Recipe:
     names, options = rule.states(group), rule.options(group)
-    rounding = extras["rounding"] if dtype == torch.bfloat16 else "nearest"
-    state = extras["state_dtype"] or (dtype if rounding == "nearest" else torch.float32)
-    wanted = dict.fromkeys(names, state)
+    asked = extras["state_dtype"]
+    quantized = asked == "8bit" and not small and bool(names)
+    rounding = extras["rounding"]
+    if dtype != torch.bfloat16 and not (quantized and rounding == "stochastic"):
+        rounding = "nearest"
+    if isinstance(asked, str):
+        state = torch.int8 if quantized else torch.promote_types(dtype, torch.float32)
+    else:
+        state = asked or (dtype if rounding == "nearest" else torch.float32)
+    wanted = {} if quantized else dict.fromkeys(names, state)
     if rounding != "nearest":
         options += (rounding,)
     if rounding == "kahan":
@@ -159,6 +167,7 @@ def _entry(optimizer: FusedStep, rule: Rule, recipe: Recipe, p: Tensor, index: i
     own = local(p) if sharded else p
     dense = is_dense(own)
     first = any(state.get(name) is None for name in recipe.names)
+    scales = _quantized(state, recipe, p, dense)
     for name, dtype in recipe.wanted.items():
         state[name] = _like(p, state.get(name), dtype, dense, start=p if name == "ema" else None)
     shapes = rule.direction_states(p)
@@ -179,13 +188,16 @@ def _entry(optimizer: FusedStep, rule: Rule, recipe: Recipe, p: Tensor, index: i
         grad = torch.empty_like(own, dtype=grad.dtype).copy_(grad)
         if "clear" in recipe.options:
             local(p.grad).zero_()
-    mine = {name: local(state[name]) for name in (*recipe.wanted, *shapes)} if sharded else state
+    mine = (
+        {name: local(state[name]) for name in (*recipe.names, *scales, *recipe.wanted, *shapes)} if sharded else state
+    )
     return Entry(
         p,
         own,
         grad,
         state["step"] if "step" in recipe.options else None,
         tuple([mine[name] for name in recipe.names]),
+        tuple([mine[name] for name in scales]),
         tuple([mine[name] for name in shapes]),
         mine["ema"] if "ema" in recipe.wanted else None,
         mine["compensation"] if "compensation" in recipe.wanted else None,
@@ -193,6 +205,28 @@ def _entry(optimizer: FusedStep, rule: Rule, recipe: Recipe, p: Tensor, index: i
         number,
         first,
     ), dense
+
+
+def _quantized(state: dict[str, Any], recipe: Recipe, p: Tensor, dense: bool) -> list[str]:
+    """Put states into 8 bits, or out of them; the names of their scales, if they are in 8 bits."""
+    for name in list(quantization.states_in(state)):
+        if recipe.state != torch.int8 or not _lies_as(state[name], p):
+            state[name] = quantization.read(state[name], state.pop(name + quantization.SCALE))
+    if recipe.state != torch.int8:
+        return []
+    names = [name + quantization.SCALE for name in recipe.names]
+    for name, scale in zip(recipe.names, names, strict=True):
+        if scale not in state:
+            known = state.get(name)
+            state[name], state[scale] = quantization.new_codes(p, name), quantization.new_scales(p)
+            if known is not None:
+                quantization.write(_like(p, known, torch.float32, dense), state[name], state[scale])
+    return names
+
+
+def _stays_wide(p: Tensor) -> bool:
+    """Whether p has states in float32 where others have them in 8 bits."""
+    return p.numel() < quantization.LEAST or not is_dense(local(p))
 
 
 def _like(p: Tensor, known: Tensor | None, dtype: torch.dtype, dense: bool, start: Tensor | None = None) -> Tensor:

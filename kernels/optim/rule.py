@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..ops.dropout import LOW, mix
+from . import quantization
 
 Scalars = Sequence[Any]
 Group = Mapping[str, Any]
@@ -84,6 +85,9 @@ def update(
     s1: Tensor | None,
     s2: Tensor | None,
     s3: Tensor | None,
+    q1: Tensor | None,
+    q2: Tensor | None,
+    q3: Tensor | None,
     average: Tensor | None,
     lost: Tensor | None,
     scalars: Tensor,
@@ -95,9 +99,14 @@ def update(
     first: bool,
     weight: float,
 ) -> None:
-    """A step of one parameter, in place; ``scalars`` is what the rule makes of its group, ``weight`` 1 − decay."""
+    """A step of one parameter, in place; ``scalars`` is what the rule makes of its group, ``weight`` 1 − decay.
+
+    States with scales q are in 8 bits, and like everything else one row.
+    """
     wide = torch.promote_types(p.dtype, torch.float32)
     states = [s for s in (s1, s2, s3) if s is not None]
+    scales = [q for q in (q1, q2, q3) if q is not None]
+    before = [quantization.dequantize(s, q) for s, q in zip(states, scales, strict=True)] if scales else states
     x, d = p.to(wide), g.to(wide)
     if factor is not None:
         d = d * factor
@@ -105,22 +114,28 @@ def update(
         d = -d
     if lost is not None:
         x = x + lost.to(wide)
-    x, *found = reference(x, d, [s.to(wide) for s in states], scalars.unbind(), options, first)
+    x, *found = reference(x, d, [s.to(wide) for s in before], scalars.unbind(), options, first)
     if average is not None:
         average.add_(x.to(average.dtype) - average, alpha=weight)
+    draws: Sequence[Tensor | None] = (None, None, None)
     if keys is not None:
         bits = random_bits(keys, p)
         more = mix(bits)
-        x = rounded(x, bits & 0xFFFF)
+        draws = own_draws = (bits >> 16, more & 0xFFFF, more >> 16)
+        if p.dtype == torch.bfloat16:
+            x = rounded(x, bits & 0xFFFF)
         if states and states[0].dtype == torch.bfloat16:
-            draws = (bits >> 16, more & 0xFFFF, more >> 16)
-            found = [rounded(s, draw) for s, draw in zip(found, draws, strict=False)]
+            found = [rounded(s, draw) for s, draw in zip(found, own_draws, strict=False)]
     if lost is not None:
         # In bits: the compiler leaves out a conversion to bfloat16 and back.
         nearest = rounded(x, 0x7FFF + ((x.view(torch.int32) >> 16) & 1))
         lost.copy_(x - nearest)
         x = nearest
     p.copy_(x)
+    if scales:
+        for i, scale in enumerate(scales):
+            found[i], new_scale = quantization.quantize(found[i].float(), states[i].dtype, draws[i])
+            scale[: len(new_scale)].copy_(new_scale)
     for state, new in zip(states, found, strict=True):
         state.copy_(new)
     if "clear" in options:

@@ -94,7 +94,8 @@ def _one_by_one(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around
         if "stochastic" in kind.options:
             whole = now.long() if isinstance(now, Tensor) else int(now)
             keys = _numbers(random_keys(around.seed, bucket.numbers[i], whole), p, torch.int64)
-        tensors = (p, bucket.grads[i], *_three(bucket.states[i]), bucket.averages[i], bucket.lost[i])
+        states, scales = _three(bucket.states[i]), _three(bucket.scales[i])
+        tensors = (p, bucket.grads[i], *states, *scales, bucket.averages[i], bucket.lost[i])
         if kind.dense:
             tensors = tuple(None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors)
         operands = (*tensors, scalars[index, now], around.factor, keys)
@@ -125,8 +126,10 @@ def _numbers(values: Any, p: Tensor, dtype: torch.dtype | None = None) -> Tensor
 def _triton(optimizer: FusedStep, kind: Kind, bucket: Bucket, around: Around) -> None:
     from ..triton import optimizers as kernels
 
-    states = [list(row) for row in zip(*map(_three, bucket.states), strict=True)]
-    roles: list[list[Any]] = [bucket.params, bucket.grads, bucket.steps, *states, bucket.averages, bucket.lost]
+    states, scales = (
+        [list(row) for row in zip(*map(_three, columns), strict=True)] for columns in (bucket.states, bucket.scales)
+    )
+    roles: list[list[Any]] = [bucket.params, bucket.grads, bucket.steps, *states, bucket.averages, bucket.lost, *scales]
     keys = [key(around.seed, number) for number in bucket.numbers]
     own = sorted(set(bucket.groups))
     hyper = [kind.rule.hyper(optimizer.param_groups[g]) for g in own]

@@ -20,6 +20,7 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor
 
+from . import quantization
 from .bucket import Bucket, Kind, total_norm
 from .gather import Gathered, gather
 from .rule import Rule
@@ -36,7 +37,7 @@ class Extras(TypedDict, total=False):
     max_norm: float | None
     ema_decay: float | None
     rounding: str
-    state_dtype: torch.dtype | None
+    state_dtype: torch.dtype | str | None
     clear_gradients: bool
     seed: int
 
@@ -69,7 +70,9 @@ class FusedStep(torch.optim.Optimizer):
         rounding: of bfloat16 parameters: "nearest"; "stochastic", which is right on average; or "kahan", which
             remembers what rounding took (2 more bytes for each element). With the last two, small steps add up.
         state_dtype: of the states; None is the parameter's own, or float32 where the rounding is not "nearest".
-            "stochastic" rounds states in bfloat16 as it does the parameters.
+            "stochastic" rounds states in bfloat16 as it does the parameters. "8bit" keeps them in blocks of 256 codes
+            with a scale (``quantization.py``), and those of parameters with less than 4,096 elements, or with gaps in
+            memory, in float32; the rounding "stochastic" is theirs, too, whatever the parameter's dtype.
         clear_gradients: whether the step leaves zeros in the gradients.
         seed: of stochastic rounding, in [0, 2³¹). Equal seeds, gradients and steps round equally, on every device.
 
@@ -111,8 +114,14 @@ class FusedStep(torch.optim.Optimizer):
             raise ValueError(f"{name}: ema_decay must lie in [0, 1), got {e['ema_decay']}; None is for no average")
         if e["rounding"] not in ROUNDINGS:
             raise ValueError(f"{name}: rounding must be one of {', '.join(ROUNDINGS)}, got {e['rounding']!r}")
-        if e["state_dtype"] not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"{name}: state_dtype must be torch.float32 or torch.bfloat16, got {e['state_dtype']}")
+        if e["state_dtype"] not in (None, torch.float32, torch.bfloat16, "8bit"):
+            raise ValueError(
+                f"{name}: state_dtype must be torch.float32, torch.bfloat16 or '8bit', got {e['state_dtype']!r}"
+            )
+        if e["state_dtype"] == "8bit" and self.rule.direction is not None:
+            raise ValueError(
+                f"{name}: state_dtype='8bit' is for the states of SGD, Adam, AdamW and Lion; use torch.bfloat16"
+            )
         if not 0 <= e["seed"] < 2**31:
             raise ValueError(f"{name}: seed must lie in [0, 2**31), got {e['seed']}")
 
@@ -160,19 +169,23 @@ class FusedStep(torch.optim.Optimizer):
         return not self.state and any(group.get("dampening") for group in self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the torch optimizer's, but states keep a dtype that is not their parameter's."""
-        super().load_state_dict(state_dict)
+        """As the torch optimizer's, but states keep a dtype that is not their parameter's.
+
+        The next step puts states into the ``state_dtype``: those in 8 bits that a float32 optimizer loads, and the
+        reverse. For ``torch.optim`` see :func:`braze.kernels.optim.dequantized`.
+
+        Raises:
+            ValueError: if a state in 8 bits was saved from other shards, whose blocks are others.
+        """
         saved = state_dict["state"]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=False):
+            quantization.check(type(self).__name__, p, saved.get(i, {}))
+        super().load_state_dict(state_dict)
         for i, p in zip(ids, params, strict=True):
             for name, value in saved.get(i, {}).items():
-                if (
-                    isinstance(value, Tensor)
-                    and value.is_floating_point()
-                    and value.dtype != p.dtype
-                    and name != "step"
-                ):
+                if isinstance(value, Tensor) and value.dtype != p.dtype and name != "step":
                     self.state[p][name] = value.to(p.device)
 
     @contextlib.contextmanager

@@ -46,13 +46,14 @@ def row_statistics(
         before = base
         # While every logit is −∞ so is the maximum, and −∞ − (−∞) would be NaN.
         base = tl.where(peak == float("-inf"), 0.0, peak)
-        total = total * tl.exp(m - base) + tl.sum(tl.exp(s - base[:, None]), 1)
+        below = base[:, None] - s
+        total = total * tl.exp(m - base) + tl.sum(tl.exp(-below), 1)
         m = peak
         if SMOOTHED:
             w_c = tl.where(v < V, 1.0, 0.0)
             if weight is not None:
                 w_c = tl.load(weight + v, v < V, other=0.0).to(tl.float32)
-            gap += (base - before) * W + tl.sum(tl.where(inside, w_c[None, :] * (base[:, None] - s), 0.0), 1)
+            gap += (base - before) * W + tl.sum(tl.where(inside, w_c[None, :] * below, 0.0), 1)
             W += tl.sum(w_c, 0)
     return m, base, total, gap, W
 

@@ -6,6 +6,8 @@ in registers: parameter and state are read and written once, the gradient is rea
 
     p parameter · g gradient · s₁ s₂ … states · a running average of p · c what rounding took from p
 
+States in 8 bits are decoded and encoded on the way; a tile holds whole blocks of them.
+
 Tiles that are whole run without a mask, whose end the compiler could not know to be a multiple of 16 bytes.
 """
 
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from .dropout import mix
 from .launch import launch
+from .quantization import BLOCK, dequantized, quantized
 
 #: With 4 warps, two 16-byte accesses of bfloat16 a thread and operand.
 TILE = 2048
@@ -44,7 +47,10 @@ _NESTEROV = tl.constexpr(OPTIONS["nesterov"])
 _DECOUPLED = tl.constexpr(OPTIONS["decoupled"])
 _AMSGRAD = tl.constexpr(OPTIONS["amsgrad"])
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+#: From the role of a state to that of its scales.
+_SCALES = tl.constexpr(5)
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
 
 
 @triton.jit
@@ -68,6 +74,36 @@ def _store(pointer, n, size, x, MASKED: tl.constexpr):
         tl.store(pointer + n, x, n < size)
     else:
         tl.store(pointer + n, x)
+
+
+@triton.jit
+def _load_state(
+    addresses, role: tl.constexpr, t, N, n, b, size,
+    S: tl.constexpr, SIGNED: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    if tl.int8 == S:
+        codes = _load(_pointer(addresses, role, t, N, tl.int8 if SIGNED else tl.uint8, ALIGNED), n, size, MASKED)
+        scale = _load(_pointer(addresses, role + _SCALES, t, N, tl.float32, False), b, tl.cdiv(size, BLOCK), MASKED)
+        return dequantized(codes, scale, SIGNED, codes.shape[0])
+    else:
+        return _load(_pointer(addresses, role, t, N, S, ALIGNED), n, size, MASKED)
+
+
+@triton.jit
+def _store_state(
+    addresses, role: tl.constexpr, t, N, n, b, size, x, draws,
+    S: tl.constexpr, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    if tl.int8 == S:
+        if MASKED:
+            x = tl.where(n < size, x, 0.0)
+        x, scale = quantized(x, draws, SIGNED, STOCHASTIC, x.shape[0])
+        _store(_pointer(addresses, role + _SCALES, t, N, tl.float32, False), b, tl.cdiv(size, BLOCK), scale, MASKED)
+        _store(_pointer(addresses, role, t, N, tl.int8 if SIGNED else tl.uint8, ALIGNED), n, size, x, MASKED)
+    else:
+        if STOCHASTIC and tl.bfloat16 == S:
+            x = _rounded(x, draws)
+        _store(_pointer(addresses, role, t, N, S, ALIGNED), n, size, x, MASKED)
 
 
 @triton.jit
@@ -135,11 +171,11 @@ def _lion(p, g, s1, h):
 
 @triton.jit
 def _tile(
-    addresses, N, t, n, size, key, first, h, factor, average,
+    addresses, N, t, n, b, size, key, first, h, factor, average,
     RULE: tl.constexpr, STATES: tl.constexpr, OPTIONS: tl.constexpr,
     P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    # Roles: parameter, gradient, step, states, running average, what rounding took.
+    # Roles: parameter, gradient, step, states, running average, what rounding took, scales of the states.
     p_pointer = _pointer(addresses, 0, t, N, P, ALIGNED)
     g_pointer = _pointer(addresses, 1, t, N, G, ALIGNED)
     step = 0.0
@@ -155,11 +191,11 @@ def _tile(
     s2 = p
     s3 = p
     if STATES > 0:
-        s1 = _load(_pointer(addresses, 3, t, N, S, ALIGNED), n, size, MASKED)
+        s1 = _load_state(addresses, 3, t, N, n, b, size, S, True, ALIGNED, MASKED)
     if STATES > 1:
-        s2 = _load(_pointer(addresses, 4, t, N, S, ALIGNED), n, size, MASKED)
+        s2 = _load_state(addresses, 4, t, N, n, b, size, S, False, ALIGNED, MASKED)
     if STATES > 2:
-        s3 = _load(_pointer(addresses, 5, t, N, S, ALIGNED), n, size, MASKED)
+        s3 = _load_state(addresses, 5, t, N, n, b, size, S, False, ALIGNED, MASKED)
     if _KAHAN & OPTIONS:
         c_pointer = _pointer(addresses, 7, t, N, P, ALIGNED)
         p += _load(c_pointer, n, size, MASKED)
@@ -173,23 +209,25 @@ def _tile(
         a_pointer = _pointer(addresses, 6, t, N, tl.float32, ALIGNED)
         a = _load(a_pointer, n, size, MASKED)
         _store(a_pointer, n, size, a + average * (p - a), MASKED)
-    if _STOCHASTIC & OPTIONS:
+    STOCHASTIC: tl.constexpr = _STOCHASTIC & OPTIONS != 0
+    bits = n
+    more = n
+    if STOCHASTIC:
         bits = _random(key, step, n)
-        p = _rounded(p, bits & 65535)
-        if tl.bfloat16 == S:
-            s1 = _rounded(s1, (bits >> 16) & 65535)
-            more = mix(bits.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
-            s2 = _rounded(s2, more & 65535)
-            s3 = _rounded(s3, (more >> 16) & 65535)
+        more = mix(bits.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
+        if tl.bfloat16 == P:
+            p = _rounded(p, bits & 65535)
     _store(p_pointer, n, size, p, MASKED)
     if _KAHAN & OPTIONS:
         _store(c_pointer, n, size, p - p.to(P).to(tl.float32), MASKED)
     if STATES > 0:
-        _store(_pointer(addresses, 3, t, N, S, ALIGNED), n, size, s1, MASKED)
+        draws = (bits >> 16) & 65535
+        _store_state(addresses, 3, t, N, n, b, size, s1, draws, S, True, STOCHASTIC, ALIGNED, MASKED)
     if STATES > 1:
-        _store(_pointer(addresses, 4, t, N, S, ALIGNED), n, size, s2, MASKED)
+        _store_state(addresses, 4, t, N, n, b, size, s2, more & 65535, S, False, STOCHASTIC, ALIGNED, MASKED)
     if STATES > 2:
-        _store(_pointer(addresses, 5, t, N, S, ALIGNED), n, size, s3, MASKED)
+        draws = (more >> 16) & 65535
+        _store_state(addresses, 5, t, N, n, b, size, s3, draws, S, False, STOCHASTIC, ALIGNED, MASKED)
 
 
 @triton.jit
@@ -208,15 +246,16 @@ def _step(
     if factor is not None:
         scale = tl.load(factor)
     n = start + tl.arange(0, TILE)
+    b = start // BLOCK + tl.arange(0, TILE // BLOCK)
     h = hyper + group * K
     if start + TILE <= size:
         _tile(
-            addresses, N, t, n, size, key, first, h, scale, average,
+            addresses, N, t, n, b, size, key, first, h, scale, average,
             RULE, STATES, OPTIONS, P, G, S, ALIGNED, MASKED=False,
         )  # fmt: skip
     else:
         _tile(
-            addresses, N, t, n, size, key, first, h, scale, average,
+            addresses, N, t, n, b, size, key, first, h, scale, average,
             RULE, STATES, OPTIONS, P, G, S, ALIGNED, MASKED=True,
         )  # fmt: skip
 
@@ -226,7 +265,7 @@ class Table(NamedTuple):
 
     Attributes:
         hosts: what was copied to the device, which a replayed CUDA graph copies again.
-        addresses: int64 [8, N], of what has a role for each of N tensors; 0 where nothing has.
+        addresses: int64 [11, N], of what has a role for each of N tensors; 0 where nothing has.
         about: int64 [4, N]: elements, group, random key and whether this is its first step.
         hyper: float64 [groups, K]: hyperparameters.
         tiles: int32 [tiles, 2]: tensor, and number of the tile in it.
@@ -250,7 +289,7 @@ def table(
     first: Sequence[bool],
     hyper: Sequence[Sequence[Any]],
 ) -> Table:
-    """The table of N tensors: 8 rows of N operands each, in the order of the kernel's roles.
+    """The table of N tensors: 11 rows of N operands each, in the order of the kernel's roles.
 
     Hyperparameters may be tensors on the device.
     """
@@ -273,7 +312,7 @@ def table(
     addresses.operands = [t for row in roles for t in row if t is not None]  # type: ignore[attr-defined]  # a guard of memory looks for them
     state = states[0].dtype if states[0] is not None else parameters[0].dtype
     types = (parameters[0].dtype, gradients[0].dtype, state)
-    aligned = all(address % 16 == 0 for role, row in enumerate(rows) if role != 2 for address in row)
+    aligned = all(address % 16 == 0 for role, row in enumerate(rows[:8]) if role != 2 for address in row)
     return Table(hosts, addresses, about, scalars, _tiles(sizes, device), types, aligned)
 
 

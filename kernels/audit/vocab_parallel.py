@@ -1,0 +1,105 @@
+"""The audit of the kernels of classes in parts: ``python -m braze.kernels.audit.vocab_parallel traffic|code``.
+
+No operator's call reaches them with no group of processes. It prints a JSON record a line, for each kernel, option,
+size and dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .machine_code import compiled
+from .traffic import metered
+
+
+class Case(NamedTuple):
+    """Logits of N positions and the V classes of a process, and what is done with them."""
+
+    options: str
+    dtype: torch.dtype
+    N: int
+    V: int
+    weighted: bool = False
+    smoothed: bool = False
+    softcap: float | None = None
+
+
+#: Two blocks a row, and sixteen rows a block.
+SIZES = ((32, 8192), (512, 256))
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "smoothed": {"smoothed": True},
+    "softcap": {"softcap": 30.0},
+    "everything": {"weighted": True, "smoothed": True, "softcap": 30.0},
+}
+CASES = [
+    Case(name, dtype, N, V, **options)
+    for name, options in OPTIONS.items()
+    for N, V in SIZES
+    for dtype in (torch.bfloat16, torch.float32)
+]
+
+
+def launches(case: Case, device: str) -> dict[str, Callable[[], object]]:
+    """Each kernel's, by its name."""
+    from ..triton import vocab_parallel as kernels
+
+    N, V = case.N, case.V
+    x = torch.zeros(N, V, dtype=case.dtype, device=device)
+    target = torch.zeros(N, dtype=torch.int64, device=device)
+    weight = torch.ones(V, device=device) if case.weighted else None
+
+    def row() -> Tensor:
+        return torch.zeros(N, device=device)
+
+    of_all = (row(), row(), row(), row(), row() if case.smoothed else None)
+    options: dict[str, Any] = {"ignore_index": -100, "softcap": case.softcap, "smoothed": case.smoothed}
+    return {
+        "_statistics": lambda: kernels.statistics(x, target, weight, **options),
+        "_gradient": lambda: kernels.gradient(x, target, weight, *of_all, softcap=case.softcap),
+    }
+
+
+def least_bytes(case: Case, kernel: str) -> int:
+    """What a kernel must move: logits, places, and a few float32 for each position."""
+    numbers, passes = (2 + case.smoothed, 1) if kernel == "_statistics" else (4 + case.smoothed, 2)
+    weights = case.V * torch.float32.itemsize if case.weighted else 0
+    return case.N * (passes * case.V * case.dtype.itemsize + 8 + 4 * numbers) + weights
+
+
+def facts(case: Case, kernel: str) -> dict[str, Any]:
+    """What a record is about."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    return {"kernel": kernel, "options": case.options, "dtype": dtype, "shape": {"N": case.N, "V": case.V}}
+
+
+def traffic(case: Case) -> Iterator[dict[str, Any]]:
+    """Bytes moved, and the least that could be; not with weights, which a cache has for all but the first rows."""
+    for kernel, run in launches(case, "cpu").items():
+        if not case.weighted:
+            with metered() as meter:
+                run()
+            moved, least = meter.moved[kernel], least_bytes(case, kernel)
+            yield {**facts(case, kernel), "bytes": moved, "least_bytes": least, "ratio": moved / least}
+
+
+def code(case: Case) -> Iterator[dict[str, Any]]:
+    """A record for each target."""
+    for kernel, run in launches(case, "meta").items():
+        with compiled() as codes:
+            run()
+        for found in codes:
+            yield {**facts(case, kernel), **found._asdict()}
+
+
+if __name__ == "__main__":
+    audit = {"traffic": traffic, "code": code}[sys.argv[1]]
+    for case in CASES:
+        for record in audit(case):
+            print(json.dumps(record), flush=True)
