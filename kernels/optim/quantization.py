@@ -49,7 +49,12 @@ def blocks(elements: int) -> int:
 
 def quantize(x: Tensor, dtype: torch.dtype, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes of ``dtype`` (int8 has a sign, uint8 none) and scales of float32 x [N]; ``draws`` are 16 random bits."""
-    own = _in_blocks(x)
+    parts = [_quantize(own, dtype, own_draws) for own, own_draws in zip(_in_blocks(x), _in_blocks(draws), strict=False)]
+    codes, scales = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def _quantize(own: Tensor, dtype: torch.dtype, draws: Tensor | None) -> tuple[Tensor, Tensor]:
     magnitude = own.abs()
     scale = torch.where(own.isfinite(), magnitude, torch.inf).amax(1)
     usable = (scale > 0) & scale.isfinite()
@@ -61,21 +66,26 @@ def quantize(x: Tensor, dtype: torch.dtype, draws: Tensor | None = None) -> tupl
     else:
         code = place.floor().clamp(max=last - 1.0)
         low, high = (_fourth_power((code + up) * (1.0 / last)) for up in (0.0, 1.0))
-        code = code + (_in_blocks(draws.float()) * 2.0**-16 * (high - low) < part - low)
+        code = code + (draws.float() * 2.0**-16 * (high - low) < part - low)
     if dtype == torch.uint8:
         code = torch.where(part > 0, code.clamp(min=1.0), code)
     else:
         code = torch.where(own < 0, -code, code)
-    return code.flatten()[: len(x)].to(dtype), scale
+    return code.flatten().to(dtype), scale
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """Float32 [N] of codes [N]; there may be more scales than blocks."""
-    own = _in_blocks(codes.float()) * (1.0 / torch.iinfo(codes.dtype).max)
-    found = _fourth_power(own)
-    if codes.dtype == torch.int8:
+    whole = len(codes) // BLOCK
+    parts = zip(_in_blocks(codes), (scale[:whole], scale[whole : whole + 1]), strict=False)
+    return torch.cat([_dequantize(own, own_scale) for own, own_scale in parts])
+
+
+def _dequantize(own: Tensor, scale: Tensor) -> Tensor:
+    found = _fourth_power(own.float() * (1.0 / torch.iinfo(own.dtype).max))
+    if own.dtype == torch.int8:
         found = torch.where(own < 0, -found, found)
-    return (found * scale[: len(own), None]).flatten()[: len(codes)]
+    return (found * scale[:, None]).flatten()
 
 
 def _fourth_power(u: Tensor) -> Tensor:
@@ -83,8 +93,15 @@ def _fourth_power(u: Tensor) -> Tensor:
     return square * square
 
 
-def _in_blocks(x: Tensor) -> Tensor:
-    return torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
+def _in_blocks(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The whole blocks [N // BLOCK, BLOCK], and what is left as one [1, N % BLOCK].
+
+    Padded to whole blocks, the last one came out wrong of torch 2.15's compiler where sizes are constants.
+    """
+    if x is None:
+        return None, None
+    whole = len(x) // BLOCK * BLOCK
+    return x[:whole].view(-1, BLOCK), x[whole:][None]
 
 
 def flat(t: Tensor) -> Tensor:
