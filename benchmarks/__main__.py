@@ -18,6 +18,7 @@ COMMANDS = {
     "losses": "memory and time of a linear layer and its cross-entropy, with and without logits",
     "optim": "time a step of every optimizer against torch.optim's three forms, and count what its kernels move",
     "rounding": "train a language model in bfloat16 alone, by how parameters are rounded, against float32",
+    "zoo": "fuse every kind of model, against an independent count of its joints",
     "demo": "train real models under Lightning, vanilla and fused, side by side",
 }
 
