@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import multiprocessing
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,9 +22,6 @@ from rich.table import Table
 from .. import records
 from ..records import Record
 from .models import names
-
-#: Seconds after which a model's process is ended.
-LIMIT = 900
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,26 +60,15 @@ def _kept(file: Path | None) -> dict[str, Record]:
 
 
 def _measured(wanted: Iterable[str]) -> Iterator[Record]:
-    """One process for each model, forked from one that has imported what they all need."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["braze.benchmarks.zoo.warmed"])
-    for name in wanted:
-        receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_child, args=(name, sender))
-        child.start()
-        sender.close()
-        try:
-            yield receiver.recv() if receiver.poll(LIMIT) else {"model": name, "exception": f"more than {LIMIT} s"}
-        except EOFError:
-            yield {"model": name, "exception": f"the process ended with {child.exitcode}"}
-        child.kill()
-        child.join()
-
-
-def _child(name: str, sender: multiprocessing.connection.Connection) -> None:  # type: ignore[name-defined]
-    from .measure import measure
-
-    sender.send(measure(name))
+    nursery = [sys.executable, "-m", "braze.benchmarks.zoo.nursery"]
+    with subprocess.Popen(nursery, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for name in wanted:
+            process.stdin.write(f"{name}\n".encode())
+            process.stdin.flush()
+            yield json.loads(process.stdout.readline())
+        process.stdin.close()
 
 
 def _models(found: Iterable[Record]) -> Table:

@@ -38,6 +38,7 @@ def _transformers(family: str, name: str) -> Built:
     from .shrink import FAMILIES, tiny_config
 
     config = tiny_config(name)
+    config._experts_implementation = "eager"  # the others have no float64
     classes = FAMILIES[family][name]
     model = getattr(transformers, classes if isinstance(classes, str) else classes[0])(config)
     takes = inspect.signature(model.forward).parameters

@@ -17,8 +17,10 @@ from .joint import Joint, fused_class, fusion
 from .losses import CausalLoss, CrossEntropy, SoftmaxModule
 from .norms import Norm
 from .report import FusionReport, Record
+from .rewritten import Rewritten, examine, sites
 from .rotary import Rotary
 from .sample import Refused, Sample, quiet
+from .sites import Site
 from .verify import Check, verify
 
 JOINTS: tuple[type[Joint], ...] = (Norm, GatedMLP, Rotary, CrossEntropy, SoftmaxModule, CausalLoss, OutputHead)
@@ -63,22 +65,28 @@ def fuse(model: nn.Module, *, skip: Iterable[Choice] = (), only: Iterable[Choice
     records: list[Record] = []
     swaps: list[tuple[nn.Module, type]] = []
     known: dict[Hashable, Outcome] = {}
+    checked: dict[Hashable, Check | str] = {}
     candidates = {joint_type: joint_type.candidates(model) for joint_type in JOINTS}
+    taken: set[int] = set()
     with quiet(model):
         for path, module in model.named_modules():
-            if any(_matches(choice, path, module, None) for choice in skip):
+            if id(module) in taken or any(_matches(choice, path, module, None) for choice in skip):
                 continue
-            found = _look(module, model, candidates, known)
-            if found is None:
-                continue
-            status, operator, outcome = found
-            if any(_matches(choice, path, module, operator) for choice in skip):
-                continue
-            if only is not None and not any(_matches(choice, path, module, operator) for choice in only):
-                continue
-            records.append(Record(path, type(module).__name__, operator, status, outcome.reason, outcome.check))
-            if status == "fused" and outcome.joint is not None:
-                swaps.append((module, fused_class(type(module), outcome.joint)))
+            chosen: list[Joint | Site] = []
+            for found in _look(module, model, candidates, known, checked):
+                where = f"{path}.{found.part}".strip(".") if found.part else path
+                if any(_matches(choice, where, module, found.operator) for choice in skip):
+                    continue
+                if only is not None and not any(_matches(choice, where, module, found.operator) for choice in only):
+                    continue
+                was = type(module.get_submodule(found.part)).__name__
+                records.append(Record(where, was, found.operator, found.status, found.reason, found.check))
+                if found.part and found.status != "left":
+                    taken.add(id(module.get_submodule(found.part)))
+                if found.joint is not None:
+                    chosen.append(found.joint)
+            if chosen:
+                swaps.append((module, fused_class(type(module), _together(chosen))))
     _swap(swaps)
     return FusionReport(records)
 
@@ -117,32 +125,84 @@ def _swap(swaps: list[tuple[nn.Module, type]]) -> None:
         raise
 
 
+class Found(NamedTuple):
+    """A joint at a module: what becomes of it, and why; ``part`` is the child that it is about."""
+
+    status: str
+    operator: str
+    reason: str = ""
+    check: Check | None = None
+    joint: Joint | Site | None = None
+    part: str = ""
+
+
 def _look(
-    module: nn.Module, root: nn.Module, candidates: dict[type[Joint], Set[int]], known: dict[Hashable, Outcome]
-) -> tuple[str, str, Outcome] | None:
-    """(status, operator, outcome), or None where there is no joint."""
+    module: nn.Module,
+    root: nn.Module,
+    candidates: dict[type[Joint], Set[int]],
+    known: dict[Hashable, Outcome],
+    checked: dict[Hashable, Check | str],
+) -> list[Found]:
+    """The joints at ``module``: one that it is as a whole, or those in its source."""
     made = fusion(module)
     if made is not None:
-        return "already fused", made.joint.operator, Outcome(None)
+        return [Found("already fused", operator, part=part) for operator, part in made.joint.parts()]
     if type(module).__module__.startswith(_PACKAGE + ".ops."):
-        return "already fused", "", Outcome(None, "a braze module")
+        return [Found("already fused", "", "a braze module")]
+    whole = _as_a_whole(module, root, candidates, known)
+    if whole is not None and whole.joint is not None and not isinstance(whole.joint, Rotary):
+        return [whole]
+    inside = _inside(module, root, checked)
+    if whole is not None and whole.joint is not None:
+        inside = [found for found in inside if found.operator != whole.operator]
+    if any(found.joint is not None for found in inside) and (whole is None or whole.joint is None):
+        return inside
+    return ([] if whole is None else [whole]) + inside
+
+
+def _as_a_whole(
+    module: nn.Module, root: nn.Module, candidates: dict[type[Joint], Set[int]], known: dict[Hashable, Outcome]
+) -> Found | None:
     for joint_type in JOINTS:
         if id(module) not in candidates[joint_type]:
             continue
         barrier = _barrier(module)
         if barrier:
             if _named_like(module, joint_type):
-                return "left", "", Outcome(None, barrier)
+                return Found("left", "", barrier)
             continue
         key = joint_type, joint_type.key(module)
         if key not in known:
             known[key] = _examine(joint_type, module, root)
         outcome = known[key]
         if outcome.joint is not None:
-            return "fused", outcome.joint.operator, outcome
+            return Found("fused", outcome.joint.operator, outcome.reason, outcome.check, outcome.joint)
         if outcome.reason:
-            return "left", "", outcome
+            return Found("left", "", outcome.reason)
     return None
+
+
+def _inside(module: nn.Module, root: nn.Module, checked: dict[Hashable, Check | str]) -> list[Found]:
+    found: list[Found] = []
+    # What a Hugging Face model records is decided by the classes of its inner models.
+    if hasattr(module, "from_pretrained") or _barrier(module, own=True):
+        return found
+    for site in sites(module):
+        verdict = examine(site, module, root, checked)
+        if isinstance(verdict, str):
+            found.append(Found("left", "", verdict, part=site.part))
+        else:
+            found.append(Found("fused", site.operator, "", verdict, site, site.part))
+    return found
+
+
+def _together(chosen: list[Joint | Site]) -> Joint:
+    """One joint of all that was chosen at a module."""
+    places = tuple(one for one in chosen if isinstance(one, Site))
+    joints = [one for one in chosen if isinstance(one, Joint)]
+    if not places:
+        return joints[0]
+    return Rewritten(places, next((one for one in joints if isinstance(one, Rotary)), None))
 
 
 def _examine(joint_type: type[Joint], module: nn.Module, root: nn.Module) -> Outcome:
@@ -169,8 +229,8 @@ def _attempt(joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes:
         return Outcome(None, str(refused) if close else "")
 
 
-def _barrier(module: nn.Module) -> str:
-    """Why this module must not be touched, or nothing."""
+def _barrier(module: nn.Module, own: bool = False) -> str:
+    """Why this module must not be touched, or nothing. Its ``own`` parameters alone may count."""
     if "forward" in vars(module):
         return "the instance has a forward of its own"
     if parametrize.is_parametrized(module):
@@ -179,7 +239,7 @@ def _barrier(module: nn.Module) -> str:
         return "it is scripted"
     if type(module).__reduce__ is not object.__reduce__ or type(module).__reduce_ex__ is not object.__reduce_ex__:
         return "its class pickles itself in a way of its own"
-    for name, parameter in module.named_parameters():
+    for name, parameter in module.named_parameters(recurse=not own):
         if type(parameter) is not nn.Parameter and type(parameter).__name__ != "DTensor":
             return f"{name} is a {type(parameter).__name__}"
         if not parameter.is_floating_point():

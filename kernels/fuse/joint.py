@@ -58,6 +58,10 @@ class Joint(ABC):
     def members(self, original: type) -> dict[str, Any]:
         """What the fused subclass of ``original`` overrides."""
 
+    def parts(self) -> list[tuple[str, str]]:
+        """What the report says of it: operator, and child that it is about."""
+        return [(self.operator, "")]
+
     def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
         """(original, fused), with equal parameters, to be compared on numbers."""
         fused = copy.deepcopy(sample.module)

@@ -156,6 +156,8 @@ def _pool(same: Sequence[Measure]) -> Measure:
 def _run(module: nn.Module, inputs: list[Tensor], seed: int = 0) -> list[Result]:
     """Outputs, and gradients of the inputs and parameters against a fixed cotangent."""
     torch.manual_seed(seed)
+    if any(True for _ in module.buffers()):
+        module = copy.deepcopy(module)  # what a run changes is none of the next run's business
     leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in inputs]
     outputs = module.forward(*leaves)
     outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
@@ -163,8 +165,9 @@ def _run(module: nn.Module, inputs: list[Tensor], seed: int = 0) -> list[Result]
     named += [(f"gradient of {name}", p) for name, p in module.named_parameters()]
     generator = torch.Generator().manual_seed(2)
     # Multiples of 1/64 below 2: the same values in every dtype.
-    cotangents = [(torch.randint(-127, 128, y.shape, generator=generator) / 64).to(y) for y in outputs]
-    gradients = torch.autograd.grad(outputs, [t for _, t in named], cotangents, allow_unused=True)
+    differentiable = [y for y in outputs if y.requires_grad]
+    cotangents = [(torch.randint(-127, 128, y.shape, generator=generator) / 64).to(y) for y in differentiable]
+    gradients = torch.autograd.grad(differentiable, [t for _, t in named], cotangents, allow_unused=True)
     narrowest = max((t.dtype for _, t in named), key=lambda dtype: torch.finfo(dtype).eps)
     results = [Result("output", y.detach(), narrowest) for y in outputs]
     for (name, leaf), gradient in zip(named, gradients, strict=True):

@@ -1,0 +1,268 @@
+"""An activation right behind a batch or a group norm: ``act(norm(x))``, in a forward or in an ``nn.Sequential``.
+
+The norm's statistics move, and its counter counts, as they would.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..ops.batch_norm import batch_norm_act
+from ..ops.group_norm import group_norm
+from .joint import takes
+from .sample import Draw, Sample, kind
+from .sites import Site, Unit, activation, called, child, hooked, resolved, units
+
+OPERATORS = {"batch": "batch_norm_act", "group": "group_norm"}
+
+
+def family(norm: Any) -> str | None:
+    """ "batch" or "group", for a module that computes what torch's own of that name does."""
+    forward = getattr(type(norm), "forward", None)
+    if isinstance(norm, _BatchNorm) and forward is _BatchNorm.forward:
+        return "batch"
+    return "group" if isinstance(norm, nn.GroupNorm) and forward is nn.GroupNorm.forward else None
+
+
+def normalized(norm: Any, x: Tensor, act: str | None, residual: Tensor | None = None) -> Tensor:
+    """``act(norm(x) + residual)`` by the fused operator, with the module's own bookkeeping; no residual of groups."""
+    if isinstance(norm, nn.GroupNorm):
+        return group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, activation=act)
+    momentum = norm.momentum
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(norm.num_batches_tracked) if momentum is None else momentum
+    moves = not norm.training or norm.track_running_stats
+    return batch_norm_act(
+        x,
+        norm.running_mean if moves else None,
+        norm.running_var if moves else None,
+        norm.weight,
+        norm.bias,
+        residual,
+        training=norm.training or norm.running_mean is None,
+        momentum=momentum or 0.0,
+        eps=norm.eps,
+        activation=act,
+    )
+
+
+def suits(norm: Any, x: Any) -> bool:
+    """Whether the fused operator takes x, and the norm is nothing but its forward."""
+    if not takes(x) or x.dim() < 2 or hooked(norm) or family(norm) is None:
+        return False
+    channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+    if isinstance(norm, nn.GroupNorm):
+        return bool(x.shape[1] == channels)
+    elements = x.numel() // max(x.shape[1], 1)
+    dims = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+    allowed = next((n for base, n in dims.items() if isinstance(norm, base)), ())
+    return bool(x.shape[1] == channels and x.dim() in allowed and elements > 1)
+
+
+def fused(act_type: type, name: str) -> Callable[..., Any]:
+    """``act(norm(x))`` as a function of (act, norm, x)."""
+
+    def norm_act(act: Any, norm: Any, x: Any) -> Any:
+        if type(act) is not act_type or hooked(act) or not suits(norm, x):
+            return act(norm(x))
+        return normalized(norm, x, name)
+
+    return norm_act
+
+
+def followed(norm: Any, act: Any) -> str | None:
+    """The activation, if the operator has it."""
+    name = activation(act) if family(norm) and act is not None else None
+    return name if name in ("relu", "silu") else None
+
+
+@dataclass(frozen=True)
+class NormAct(Site):
+    """The norm's name, and the activation as the source names it: one nested in the other, or one after the other."""
+
+    norm: str
+    norm_family: str
+    act: str
+    act_type: type
+    activation: str
+
+    @property
+    def operator(self) -> str:  # type: ignore[override]
+        """The name of the fused operator."""
+        return OPERATORS[self.norm_family]
+
+    @property
+    def part(self) -> str:
+        """The norm."""
+        return self.norm
+
+    @classmethod
+    def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
+        """``act(self.norm(x))``; and ``y = self.norm(x)``, ``y = act(y)``."""
+        tree = unit.tree
+        numbers = {id(node): number for number, node in enumerate(ast.walk(tree))}
+        for node in ast.walk(tree):
+            outer = called(node)
+            inner = None if outer is None else called(outer[1])
+            if outer is not None and inner is not None:
+                yield from cls._made(module, unit, outer[0], inner[0], (numbers[id(node)],))
+            for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
+                for first, second in itertools.pairwise(block if isinstance(block, list) else ()):
+                    outer, inner = _follows(first, second)
+                    if outer is not None and inner is not None:
+                        places = numbers[id(first)], numbers[id(second)]
+                        yield from cls._made(module, unit, outer, inner, places)
+
+    @classmethod
+    def _made(
+        cls, module: nn.Module, unit: Unit, act: ast.expr, norm: ast.expr, numbers: tuple[int, ...]
+    ) -> Iterator[Site]:
+        name = child(norm)
+        if name is None or family(getattr(module, name, None)) is None:
+            return
+        found = resolved(act, module, unit.function)
+        what = followed(getattr(module, name), found)
+        if what is not None:
+            own = family(getattr(module, name)) or ""
+            yield cls(unit.name, numbers, name, own, ast.unparse(act), type(found), what)
+
+    def key(self, module: nn.Module) -> Hashable:
+        """Both modules."""
+        act = self._act(module)
+        return NormAct, kind(getattr(module, self.norm)), kind(act) if isinstance(act, nn.Module) else act
+
+    def trial(self, module: nn.Module, root: nn.Module) -> tuple[nn.Module, nn.Module, Sample]:
+        """The two alone, each on a norm of its own."""
+        act = self._act(module)
+        samples = [Sample(getattr(module, self.norm), root, {}) for _ in range(2)]
+        original = _Both(samples[0].module, act, None)
+        return original, _Both(samples[1].module, act, self.fused()), samples[0]
+
+    def draws(self, sample: Sample) -> list[Draw]:
+        """Images with other means and scales."""
+        return draws(sample)
+
+    def fused(self) -> Callable[..., Any]:
+        """The operator, where the norm is torch's own and nothing listens."""
+        return fused(self.act_type, self.activation)
+
+    def edits(self, name: str) -> dict[int, Callable[[Any], ast.AST]]:
+        """One call; of two statements, the second goes."""
+
+        def nested(node: ast.Call) -> ast.AST:
+            inner = node.args[0]
+            assert isinstance(inner, ast.Call)
+            return _call(name, node.func, inner.func, inner.args[0])
+
+        def one_after_the_other(node: ast.Assign) -> ast.AST:
+            assert isinstance(node.value, ast.Call)
+            act = ast.parse(self.act, mode="eval").body
+            value = _call(name, act, node.value.func, node.value.args[0])
+            return ast.Assign(targets=node.targets, value=value)
+
+        if len(self.numbers) == 1:
+            return {self.numbers[0]: nested}
+        first, second = self.numbers
+        return {first: one_after_the_other, second: lambda _: ast.Pass()}
+
+    def _act(self, module: nn.Module) -> Any:
+        name = self.act.removeprefix("self.")
+        if hasattr(module, name):
+            return getattr(module, name)
+        function = units(type(module))[self.unit].function
+        return resolved(ast.parse(self.act, mode="eval").body, module, function)
+
+
+def _call(name: str, *operands: ast.expr) -> ast.Call:
+    return ast.Call(func=ast.Name(id=name, ctx=ast.Load()), args=list(operands), keywords=[])
+
+
+def _follows(first: ast.stmt, second: ast.stmt) -> tuple[ast.expr | None, ast.expr | None]:
+    """(act, norm) of ``y = norm(x)`` and then ``y = act(y)``."""
+    target, value = _assigned(first)
+    again, activated = _assigned(second)
+    outer, inner = (None if v is None else called(v) for v in (activated, value))
+    if target is None or target != again or outer is None or inner is None:
+        return None, None
+    same = isinstance(outer[1], ast.Name) and outer[1].id == target
+    return (outer[0], inner[0]) if same else (None, None)
+
+
+def _assigned(node: ast.stmt) -> tuple[str | None, ast.expr | None]:
+    if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+        return node.targets[0].id, node.value
+    return None, None
+
+
+def draws(sample: Sample) -> list[Draw]:
+    """Images, or rows, with other means and scales."""
+    norm: Any = sample.module
+    channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+    size = {nn.BatchNorm1d: (), nn.BatchNorm3d: (2, 3, 4)}
+    shape = next((n for base, n in size.items() if isinstance(norm, base)), (4, 5))
+    return [
+        Draw("an ordinary", (sample.randn(6, channels, *shape),)),
+        Draw("a shifted", (0.5 * sample.randn(6, channels, *shape) + 2.0,)),
+        Draw("a large", (300.0 * sample.randn(6, channels, *shape),)),
+    ]
+
+
+class _Both(nn.Module):
+    """Output and statistics."""
+
+    def __init__(self, norm: nn.Module, act: Any, fused: Callable[..., Any] | None) -> None:
+        super().__init__()
+        self.norm, self.act, self.fused = norm, act, fused
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.act(self.norm(x)) if self.fused is None else self.fused(self.act, self.norm, x)
+        return y, *(b.clone() for b in self.norm.buffers() if b.is_floating_point())
+
+
+@dataclass(frozen=True)
+class InSequence(NormAct):
+    """The same of two neighbours in an ``nn.Sequential``; the number is the norm's place."""
+
+    @classmethod
+    def find(cls, module: nn.Module, unit: Unit | None = None) -> Iterator[Site]:
+        """Of a Sequential that runs its modules in a row."""
+        if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+            return
+        for index, ((name, norm), (act_name, act)) in enumerate(itertools.pairwise(module.named_children())):
+            what = followed(norm, act)
+            if what is not None:
+                yield cls("forward", (index,), name, family(norm) or "", f"self.{act_name}", type(act), what)
+
+    def edits(self, name: str) -> dict[int, Callable[[Any], ast.AST]]:
+        """There is no source to edit."""
+        return {}
+
+
+def in_sequence(places: Sequence[InSequence]) -> Callable[..., Any]:
+    """The forward of an ``nn.Sequential`` with these places."""
+    functions = {place.numbers[0]: place.fused() for place in places}
+
+    @functools.wraps(nn.Sequential.forward)
+    def forward(self: nn.Sequential, input: Any) -> Any:
+        modules = list(self)
+        index = 0
+        while index < len(modules):
+            joint = functions.get(index)
+            if joint is None or index + 1 == len(modules):
+                input = modules[index](input)
+                index += 1
+            else:
+                input = joint(modules[index + 1], modules[index], input)
+                index += 2
+        return input
+
+    return forward
