@@ -5,6 +5,7 @@ It shares no code with ``fuse``, which goes by structure and numbers; so each ca
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -94,12 +95,14 @@ def _activation(module: nn.Module) -> bool:
 
 @functools.cache
 def _source(cls: type) -> str:
-    if cls.__module__.startswith("torch.nn."):
-        return ""
-    try:
-        return inspect.getsource(inspect.unwrap(cls.forward))  # type: ignore[attr-defined]
-    except (OSError, TypeError):
-        return ""
+    """Of the forward, and of what a class calls like it."""
+    found: dict[str, str] = {}
+    for base in cls.__mro__:
+        for name, value in vars(base).items():
+            if "forward" in name and name not in found and not base.__module__.startswith("torch.nn."):
+                with contextlib.suppress(OSError, TypeError):
+                    found[name] = inspect.getsource(inspect.unwrap(value))
+    return "\n".join(found.values())
 
 
 def _join(path: str, name: str) -> str:

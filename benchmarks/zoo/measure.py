@@ -100,7 +100,9 @@ def _joints(expected: list[Any], report: FusionReport) -> Record:
     done = {(one.path, kind) for one in report if one.status != "left" for kind in _KINDS.get(one.now, ())}
     for joint in expected:
         found[joint.kind] += 1
-        if (joint.path, joint.kind) in done:
+        # A rotary embedding may be a module of its own inside the attention that the count names.
+        below = joint.kind == "rope" and any(k == "rope" and p.startswith(f"{joint.path}.") for p, k in done)
+        if below or (joint.path, joint.kind) in done:
             swapped[joint.kind] += 1
         else:
             missed[f"{joint.kind} {joint.was}: {reasons.get(joint.path, 'not recognised')}"] += 1

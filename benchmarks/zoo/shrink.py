@@ -28,6 +28,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["vocab_size", "text_vocab_size", "vocab_size_per_layer_input"], 199),
     "hidden_size_per_layer_input": 16,
     "rotary_dim": 8,
+    **dict.fromkeys(["chunk_size", "mamba_chunk_size"], 8),
     "image_size": 32,
     "patch_size": 8,
     **dict.fromkeys(["attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"], 0.0),

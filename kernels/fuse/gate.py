@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import re
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..ops.glu import glu
 from .joint import takes
 from .sample import Draw, Sample
-from .sites import Site, Unit, activation, called, hooked, identity, resolved, units
+from .sites import Site, Unit, activation, called, hooked, identity, module_type, resolved, units
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,15 @@ class Gate(Site):
 
     operator: ClassVar[str] = "glu"
     act: str
-    act_type: type
+    act_type: type | None
     activation: str
     first: bool
 
     @classmethod
     def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
-        """Products one of whose factors is an activation of something."""
+        """Products one of whose factors is an activation of something; not of a mean, which has another shape."""
+        if _pools(unit.tree):
+            return
         for number, node in enumerate(ast.walk(unit.tree)):
             if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Mult):
                 continue
@@ -43,7 +46,7 @@ class Gate(Site):
                 act = resolved(call[0], module, unit.function)
                 name = None if act is None else activation(act)
                 if name is not None:
-                    yield cls(unit.name, (number,), ast.unparse(call[0]), type(act), name, first)
+                    yield cls(unit.name, (number,), ast.unparse(call[0]), module_type(act), name, first)
                     break
 
     def key(self, module: nn.Module) -> Hashable:
@@ -68,12 +71,12 @@ class Gate(Site):
         act_type, name = self.act_type, self.activation
 
         def gated(act: Any, gate: Any, up: Any) -> Any:
-            if not _alike(gate, up) or type(act) is not act_type or hooked(act):
+            if not _alike(gate, up) or module_type(act) is not act_type or hooked(act):
                 return act(gate) * up
             return glu(gate, up, activation=name)
 
         def gating(up: Any, act: Any, gate: Any) -> Any:
-            if not _alike(gate, up) or type(act) is not act_type or hooked(act):
+            if not _alike(gate, up) or module_type(act) is not act_type or hooked(act):
                 return up * act(gate)
             return glu(gate, up, activation=name)
 
@@ -93,6 +96,11 @@ class Gate(Site):
     def _act(self, module: nn.Module) -> Any:
         function = units(type(module))[self.unit].function
         return resolved(ast.parse(self.act, mode="eval").body, module, function)
+
+
+def _pools(tree: ast.FunctionDef) -> bool:
+    """Whether a squeeze-and-excitation is likely: its gate has one element for a channel."""
+    return any(isinstance(node, ast.Attribute) and re.search("mean$|pool", node.attr) for node in ast.walk(tree))
 
 
 def _alike(gate: Any, up: Any) -> bool:

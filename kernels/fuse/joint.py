@@ -26,6 +26,8 @@ class Joint(ABC):
     #: The word in a class's name that makes a refusal worth reporting even where nothing like the joint was found.
     hint: ClassVar[str]
     operator: str
+    #: Allowed error in units of the original's own. Raising it needs a reason beside it.
+    slack: ClassVar[float] = 2.0
     #: What the report adds where such a joint was fused.
     note: ClassVar[str] = ""
 

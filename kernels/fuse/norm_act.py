@@ -19,7 +19,13 @@ from ..ops.batch_norm import batch_norm_act
 from ..ops.group_norm import group_norm
 from .joint import takes
 from .sample import Draw, Sample, kind
-from .sites import Site, Unit, activation, called, child, hooked, resolved, units
+from .sites import Site, Unit, activation, called, child, hooked, module_type, resolved, units
+
+#: What the operators have.
+ACTIVATIONS = ("relu", "silu")
+
+#: On the CPU ATen sums over a channel in float64, which the fused operators are not asked to: they sum in float32.
+SLACK = 4.0
 
 OPERATORS = {"batch": "batch_norm_act", "group": "group_norm"}
 
@@ -55,24 +61,22 @@ def normalized(norm: Any, x: Tensor, act: str | None, residual: Tensor | None = 
     )
 
 
-def suits(norm: Any, x: Any) -> bool:
-    """Whether the fused operator takes x, and the norm is nothing but its forward."""
-    if not takes(x) or x.dim() < 2 or hooked(norm) or family(norm) is None:
+def suits(norm: Any, x: Any, own: str | None = None) -> bool:
+    """Whether the fused operator takes x, and the norm is nothing but its forward, or one of the family ``own``."""
+    if not takes(x) or x.dim() < 2 or hooked(norm) or (own or family(norm)) is None:
         return False
-    channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
     if isinstance(norm, nn.GroupNorm):
-        return bool(x.shape[1] == channels)
-    elements = x.numel() // max(x.shape[1], 1)
+        return bool(x.shape[1] == norm.num_channels)
     dims = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
     allowed = next((n for base, n in dims.items() if isinstance(norm, base)), ())
-    return bool(x.shape[1] == channels and x.dim() in allowed and elements > 1)
+    return bool(x.shape[1] == norm.num_features and x.dim() in allowed and x.numel() > x.shape[1])
 
 
-def fused(act_type: type, name: str) -> Callable[..., Any]:
+def fused(act_type: type | None, name: str) -> Callable[..., Any]:
     """``act(norm(x))`` as a function of (act, norm, x)."""
 
     def norm_act(act: Any, norm: Any, x: Any) -> Any:
-        if type(act) is not act_type or hooked(act) or not suits(norm, x):
+        if module_type(act) is not act_type or hooked(act) or not suits(norm, x):
             return act(norm(x))
         return normalized(norm, x, name)
 
@@ -80,19 +84,24 @@ def fused(act_type: type, name: str) -> Callable[..., Any]:
 
 
 def followed(norm: Any, act: Any) -> str | None:
-    """The activation, if the operator has it."""
-    name = activation(act) if family(norm) and act is not None else None
-    return name if name in ("relu", "silu") else None
+    """The activation; "" for one that the operator does not have, None for what is no activation, or no norm."""
+    if family(norm) is None or act is None:
+        return None
+    name = activation(act)
+    if name is None and type(act).__module__ != "torch.nn.modules.activation":
+        return None
+    return name if name in ACTIVATIONS else ""
 
 
 @dataclass(frozen=True)
 class NormAct(Site):
     """The norm's name, and the activation as the source names it: one nested in the other, or one after the other."""
 
+    slack: ClassVar[float] = SLACK
     norm: str
     norm_family: str
     act: str
-    act_type: type
+    act_type: type | None
     activation: str
 
     @property
@@ -104,6 +113,11 @@ class NormAct(Site):
     def part(self) -> str:
         """The norm."""
         return self.norm
+
+    @property
+    def refusal(self) -> str:
+        """There are more activations than operators."""
+        return "" if self.activation else f"{self.operator} has no such activation as the one behind it"
 
     @classmethod
     def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
@@ -133,7 +147,7 @@ class NormAct(Site):
         what = followed(getattr(module, name), found)
         if what is not None:
             own = family(getattr(module, name)) or ""
-            yield cls(unit.name, numbers, name, own, ast.unparse(act), type(found), what)
+            yield cls(unit.name, numbers, name, own, ast.unparse(act), module_type(found), what)
 
     def key(self, module: nn.Module) -> Hashable:
         """Both modules."""
@@ -207,25 +221,22 @@ def draws(sample: Sample) -> list[Draw]:
     """Images, or rows, with other means and scales."""
     norm: Any = sample.module
     channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
-    size = {nn.BatchNorm1d: (), nn.BatchNorm3d: (2, 3, 4)}
-    shape = next((n for base, n in size.items() if isinstance(norm, base)), (4, 5))
+    size = {nn.BatchNorm1d: (), nn.BatchNorm3d: (1, 2, 3)}
+    shape = next((n for base, n in size.items() if isinstance(norm, base)), (2, 3))
     return [
-        Draw("an ordinary", (sample.randn(6, channels, *shape),)),
-        Draw("a shifted", (0.5 * sample.randn(6, channels, *shape) + 2.0,)),
-        Draw("a large", (300.0 * sample.randn(6, channels, *shape),)),
+        Draw("an ordinary", (sample.randn(4, channels, *shape),)),
+        Draw("a shifted", (0.5 * sample.randn(4, channels, *shape) + 2.0,)),
+        Draw("a large", (300.0 * sample.randn(4, channels, *shape),)),
     ]
 
 
 class _Both(nn.Module):
-    """Output and statistics."""
-
     def __init__(self, norm: nn.Module, act: Any, fused: Callable[..., Any] | None) -> None:
         super().__init__()
         self.norm, self.act, self.fused = norm, act, fused
 
     def forward(self, x: Tensor) -> Any:
-        y = self.act(self.norm(x)) if self.fused is None else self.fused(self.act, self.norm, x)
-        return y, *(b.clone() for b in self.norm.buffers() if b.is_floating_point())
+        return self.act(self.norm(x)) if self.fused is None else self.fused(self.act, self.norm, x)
 
 
 @dataclass(frozen=True)
@@ -240,7 +251,7 @@ class InSequence(NormAct):
         for index, ((name, norm), (act_name, act)) in enumerate(itertools.pairwise(module.named_children())):
             what = followed(norm, act)
             if what is not None:
-                yield cls("forward", (index,), name, family(norm) or "", f"self.{act_name}", type(act), what)
+                yield cls("forward", (index,), name, family(norm) or "", f"self.{act_name}", module_type(act), what)
 
     def edits(self, name: str) -> dict[int, Callable[[Any], ast.AST]]:
         """There is no source to edit."""

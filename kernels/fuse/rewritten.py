@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from .complex_turn import ComplexTurn
 from .gate import Gate
 from .joint import Joint
 from .norm_act import InSequence, NormAct, in_sequence
@@ -19,7 +20,7 @@ from .source import rewritten
 from .turn import Turn
 from .verify import Check, verify
 
-KINDS: tuple[type[Site], ...] = (Turn, Gate, NormAct)
+KINDS: tuple[type[Site], ...] = (Turn, ComplexTurn, Gate, NormAct)
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,13 @@ def examine(
     site: Site, module: nn.Module, root: nn.Module, known: dict[Hashable, Check | str]
 ) -> Check | str:
     """What verification found, or why the site is left; sites with equal keys are verified once."""
+    if site.refusal:
+        return site.refusal
     key = site.key(module)
     if key not in known:
         try:
             original, fused, sample = site.trial(module, root)
-            known[key] = verify(original, fused, lambda: site.draws(sample), sample.dtype, lambda module: module)
+            known[key] = verify(original, fused, lambda: site.draws(sample), sample.dtype, slack=site.slack)
         except Refused as refused:
             known[key] = str(refused)
     return known[key]

@@ -32,10 +32,17 @@ class Site(ABC):
     unit: str
     numbers: tuple[int, ...]
     operator: ClassVar[str]
+    #: As of :class:`Joint`.
+    slack: ClassVar[float] = 2.0
 
     @property
     def part(self) -> str:
         """The child that the report names as the joint; nothing for the module itself."""
+        return ""
+
+    @property
+    def refusal(self) -> str:
+        """Why the place is left, where that is clear without a trial."""
         return ""
 
     @classmethod
@@ -162,6 +169,11 @@ def activation(act: Any) -> str | None:
 def identity(act: Any) -> Hashable:
     """What two activations have in common that do the same."""
     return kind(act) if isinstance(act, nn.Module) else act
+
+
+def module_type(act: Any) -> type | None:
+    """The class of a module; None for a function, which stands for itself."""
+    return type(act) if isinstance(act, nn.Module) else None
 
 
 def hooked(module: Any) -> bool:

@@ -95,10 +95,10 @@ def _parts(node: ast.AST) -> tuple[ast.expr, ast.expr, ast.expr, ast.expr] | Non
     if factors[0] is None or factors[1] is None:
         return None
     for call_at, sin_at in ((0, 1), (1, 0)):
-        call = called(factors[1][call_at])
+        call = called(_widened(factors[1][call_at]))
         for x_at, cos_at in ((0, 1), (1, 0)):
             x = factors[0][x_at]
-            if call is not None and _plain(x) and ast.dump(call[1]) == ast.dump(x):
+            if call is not None and _plain(_widened(x)) and ast.dump(_widened(call[1])) == ast.dump(_widened(x)):
                 return call[0], x, factors[0][cos_at], factors[1][sin_at]
     return None
 
@@ -108,6 +108,12 @@ def _plain(node: ast.expr) -> bool:
     while isinstance(node, ast.Attribute):
         node = node.value
     return isinstance(node, ast.Name)
+
+
+def _widened(node: ast.expr) -> ast.expr:
+    """What is in ``node.float()``: it may be widened before or after it is rotated."""
+    wide = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "float"
+    return node.func.value if wide and not node.args and not node.keywords else node  # type: ignore[attr-defined]
 
 
 def _pairs(function: Any) -> bool | None:
