@@ -26,7 +26,9 @@ from .models import names
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--model`` and ``--resume``."""
-    parser.add_argument("--model", action="append", metavar="PATTERN", help="only these, e.g. 'timm:*' or 'causal:llama'")
+    parser.add_argument(
+        "--model", action="append", metavar="PATTERN", help="only these, e.g. 'timm:*' or 'causal:llama'"
+    )
     parser.add_argument("--resume", action="store_true", help="keep what --json holds, except exceptions")
 
 
@@ -67,7 +69,10 @@ def _measured(wanted: Iterable[str]) -> Iterator[Record]:
         for name in wanted:
             process.stdin.write(f"{name}\n".encode())
             process.stdin.flush()
-            yield json.loads(process.stdout.readline())
+            answer = process.stdout.readline()
+            if not answer:
+                raise RuntimeError(f"the zoo's nursery must answer for every model, but ended; run {' '.join(nursery)}")
+            yield json.loads(answer)
         process.stdin.close()
 
 
@@ -121,5 +126,7 @@ def _misses(found: Iterable[Record]) -> Table:
             where.setdefault(reason, []).append(one["model"])
     for reason, count in joints.most_common():
         names = where[reason]
-        table.add_row(reason, str(count), ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
+        table.add_row(
+            reason, str(count), ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        )
     return table

@@ -25,8 +25,10 @@ class Expected(NamedTuple):
 
 
 _NORM = re.compile(r"(rms|layer|simple|qk|ada)?_?norm(2d|1d|3d|nogain|fp32|withbias)?$|layernorm|rmsnorm|^norm")
-_NO_NORM = re.compile(r"batch|group|instance|response|weight|spectral|gated|norm_?act|l2")
-_ACTIVATION = r"(?:self\.\w*(?:act|gelu|silu|swish)\w*|ACT2FN\[[^\]]*\]|(?:F|nn\.functional|torch)\.(?:silu|gelu|relu|sigmoid))"
+_NO_NORM = re.compile(r"batch|group|instance|response|weight|spectral|gated|norm_?act|l2|^nonorm")
+_ACTIVATION = (
+    r"(?:self\.\w*(?:act|gelu|silu|swish)\w*|ACT2FN\[[^\]]*\]|(?:F|nn\.functional|torch)\.(?:silu|gelu|relu|sigmoid))"
+)
 _GATED = re.compile(rf"{_ACTIVATION}\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\s*\*(?!\*)|[\w)\]]\s*\*\s*{_ACTIVATION}\(")
 _ROTARY = re.compile(r"\b\w*(?:apply_rot|rotary_pos|apply_rope|rotary_emb)\w*\(\s*\w*(?:q|k|x|query|key)\w*\s*[,)]")
 
@@ -80,7 +82,9 @@ def _in_sequence(module: nn.Module) -> Iterator[tuple[str, str, str]]:
         for name in children:
             word = re.escape(f"self.{name}(")
             direct = rf"{_ACTIVATION}\(\s*{word}"
-            then = rf"(\w+) = {word}[^\n]*\n\s*\1 = (?:self\.\w*(?:relu|act|silu|gelu)\w*|F\.\w*(?:relu|silu|gelu)\w*)\(\1"
+            then = (
+                rf"(\w+) = {word}[^\n]*\n\s*\1 = (?:self\.\w*(?:relu|act|silu|gelu)\w*|F\.\w*(?:relu|silu|gelu)\w*)\(\1"
+            )
             if re.search(f"{direct}|{then}", source):
                 follows.add(name)
     for name in follows:

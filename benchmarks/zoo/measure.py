@@ -36,7 +36,11 @@ def measure(name: str) -> Record:
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         failed = f"{type(error).__name__}: {error}"[:300]
-        return {"model": name, "exception": failed, "at": f"{where.filename.split('site-packages/')[-1]}:{where.lineno}"}
+        return {
+            "model": name,
+            "exception": failed,
+            "at": f"{where.filename.split('site-packages/')[-1]}:{where.lineno}",
+        }
 
 
 def _measure(name: str) -> Record:
@@ -71,7 +75,7 @@ def _still(model: nn.Module) -> None:
         for attribute in _RANDOM:
             if isinstance(getattr(module, attribute, None), float):
                 setattr(module, attribute, 0.0)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() == 1:  # ones and zeros would hide an exchanged weight
             parameter.data += 0.1 * torch.randn_like(parameter)
         elif not parameter.any():
@@ -170,9 +174,7 @@ def _step(model: nn.Module, call: dict[str, Any], *, training: bool) -> list[Ten
     if not training:
         return outputs
     generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in outputs if y.requires_grad
-    )
+    loss = sum((y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in outputs if y.requires_grad)
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)  # type: ignore[arg-type]
     return [torch.stack([y.detach().abs().max() for y in outputs]), *(y.detach() for y in outputs)] + [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,12 @@ def warm() -> None:
 
     transformers.logging.set_verbosity_error()
     config = transformers.LlamaConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, vocab_size=8
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        vocab_size=8,
     )
     # No backward pass: autograd's threads would not be there after a fork.
     transformers.LlamaForCausalLM(config)(input_ids=torch.ones(1, 2, dtype=torch.int64))
@@ -143,5 +148,3 @@ def floating(outputs: Any) -> Iterator[Tensor]:
     for leaf in _pytree.tree_leaves(outputs):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             yield leaf
-
-

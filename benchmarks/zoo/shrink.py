@@ -10,7 +10,9 @@ from transformers.models.auto import modeling_auto
 
 #: What a field is set to, if a config has one of that name.
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size", "decoder_hidden_size"], 64),
+    **dict.fromkeys(
+        ["hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size", "decoder_hidden_size"], 64
+    ),
     **dict.fromkeys(["model_dim", "input_hidden_size", "word_embed_proj_dim", "kv_dim", "emb_dim", "backbone_dim"], 64),
     **dict.fromkeys(["intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"], 96),
     **dict.fromkeys(["ffn_hidden_size", "shared_intermediate_size", "shared_expert_intermediate_size"], 96),
@@ -45,8 +47,8 @@ SIZES: dict[str, Any] = {
 #: Where the sizes above do not fit together, or a list of sizes is the model's shape.
 SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "convnext": {"hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 2, 1]},
-    "convnextv2": {"hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 2, 1]},
+    "convnext": {"num_stages": 4, "hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 2, 1]},
+    "convnextv2": {"num_stages": 4, "hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 2, 1]},
 }
 
 FAMILIES = {

@@ -37,7 +37,9 @@ class ChannelNorm(Joint):
         own = type(module).forward
         if isinstance(module, nn.GroupNorm):
             return True
-        return isinstance(module, _BatchNorm) and own is not _BatchNorm.forward and not all(map(_idle, module.children()))
+        return (
+            isinstance(module, _BatchNorm) and own is not _BatchNorm.forward and not all(map(_idle, module.children()))
+        )
 
     @classmethod
     def recognise(cls, sample: Sample) -> ChannelNorm | None:

@@ -53,7 +53,12 @@ class ComplexTurn(Site):
         """``rope`` of the pairs, where the second factor is the table."""
 
         def turned(x: Any, turns: Any) -> Any:
-            if not (_plain(x) and _plain(turns)) or x.dtype != turns.dtype or turns.requires_grad or not _fits(x, turns):
+            if (
+                not (_plain(x) and _plain(turns))
+                or x.dtype != turns.dtype
+                or turns.requires_grad
+                or not _fits(x, turns)
+            ):
                 return _product(x, turns)
             cos, sin = (part.repeat_interleave(2, -1) for part in (turns.real, turns.imag))
             return rope(torch.view_as_real(x).flatten(-2), cos, sin, interleaved=True).unflatten(-1, (-1, 2))

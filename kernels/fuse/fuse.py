@@ -18,6 +18,7 @@ from .sites import Site
 
 Choice = str | type[nn.Module]
 
+
 def fuse(model: nn.Module, *, skip: Iterable[Choice] = (), only: Iterable[Choice] | None = None) -> FusionReport:
     """Find the joints of ``model`` that a fused operator can stand for, verify each, and swap, in place.
 
@@ -88,7 +89,9 @@ def _search(
                 if only is not None and not any(_matches(choice, where, module, found.operator) for choice in only):
                     continue
                 part = module.get_submodule(found.part)
-                records.append(Record(where, type(part).__name__, found.operator, found.status, found.reason, found.check))
+                records.append(
+                    Record(where, type(part).__name__, found.operator, found.status, found.reason, found.check)
+                )
                 if found.part and found.status != "left":
                     taken.add(id(part))
                 if found.joint is not None:

@@ -73,11 +73,15 @@ def suits(norm: Any, x: Any, own: str | None = None) -> bool:
 
 
 def fused(act_type: type | None, name: str) -> Callable[..., Any]:
-    """``act(norm(x))`` as a function of (act, norm, x)."""
+    """``act(norm(x))`` as a function of (act, norm, x), and of modules between that do nothing."""
 
-    def norm_act(act: Any, norm: Any, x: Any) -> Any:
-        if module_type(act) is not act_type or hooked(act) or not suits(norm, x):
-            return act(norm(x))
+    def norm_act(act: Any, norm: Any, x: Any, *between: Any) -> Any:
+        idle = all(type(module) is nn.Identity and not hooked(module) for module in between)
+        if module_type(act) is not act_type or hooked(act) or not suits(norm, x) or not idle:
+            y = norm(x)
+            for module in between:
+                y = module(y)
+            return act(y)
         return normalized(norm, x, name)
 
     return norm_act
@@ -103,6 +107,7 @@ class NormAct(Site):
     act: str
     act_type: type | None
     activation: str
+    between: tuple[str, ...] = ()
 
     @property
     def operator(self) -> str:  # type: ignore[override]
@@ -130,15 +135,22 @@ class NormAct(Site):
             if outer is not None and inner is not None:
                 yield from cls._made(module, unit, outer[0], inner[0], (numbers[id(node)],))
             for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
-                for first, second in itertools.pairwise(block if isinstance(block, list) else ()):
-                    outer, inner = _follows(first, second)
-                    if outer is not None and inner is not None:
-                        places = numbers[id(first)], numbers[id(second)]
-                        yield from cls._made(module, unit, outer, inner, places)
+                for row in _rows(block if isinstance(block, list) else []):
+                    inner, *between, outer = (_step(statement) for statement in row)
+                    if inner is not None and outer is not None and all(_idle(module, f) for f in between if f):
+                        places = tuple(numbers[id(statement)] for statement in row)
+                        idle = tuple(ast.unparse(f) for f in between if f)
+                        yield from cls._made(module, unit, outer, inner, places, idle)
 
     @classmethod
     def _made(
-        cls, module: nn.Module, unit: Unit, act: ast.expr, norm: ast.expr, numbers: tuple[int, ...]
+        cls,
+        module: nn.Module,
+        unit: Unit,
+        act: ast.expr,
+        norm: ast.expr,
+        numbers: tuple[int, ...],
+        between: tuple[str, ...] = (),
     ) -> Iterator[Site]:
         name = child(norm)
         if name is None or family(getattr(module, name, None)) is None:
@@ -147,7 +159,7 @@ class NormAct(Site):
         what = followed(getattr(module, name), found)
         if what is not None:
             own = family(getattr(module, name)) or ""
-            yield cls(unit.name, numbers, name, own, ast.unparse(act), module_type(found), what)
+            yield cls(unit.name, numbers, name, own, ast.unparse(act), module_type(found), what, between)
 
     def key(self, module: nn.Module) -> Hashable:
         """Both modules."""
@@ -179,14 +191,14 @@ class NormAct(Site):
 
         def one_after_the_other(node: ast.Assign) -> ast.AST:
             assert isinstance(node.value, ast.Call)
-            act = ast.parse(self.act, mode="eval").body
-            value = _call(name, act, node.value.func, node.value.args[0])
+            act, *between = (ast.parse(source, mode="eval").body for source in (self.act, *self.between))
+            value = _call(name, act, node.value.func, node.value.args[0], *between)
             return ast.Assign(targets=node.targets, value=value)
 
         if len(self.numbers) == 1:
             return {self.numbers[0]: nested}
-        first, second = self.numbers
-        return {first: one_after_the_other, second: lambda _: ast.Pass()}
+        first, *later = self.numbers
+        return {first: one_after_the_other} | dict.fromkeys(later, lambda _: ast.Pass())
 
     def _act(self, module: nn.Module) -> Any:
         name = self.act.removeprefix("self.")
@@ -200,21 +212,34 @@ def _call(name: str, *operands: ast.expr) -> ast.Call:
     return ast.Call(func=ast.Name(id=name, ctx=ast.Load()), args=list(operands), keywords=[])
 
 
-def _follows(first: ast.stmt, second: ast.stmt) -> tuple[ast.expr | None, ast.expr | None]:
-    """(act, norm) of ``y = norm(x)`` and then ``y = act(y)``."""
-    target, value = _assigned(first)
-    again, activated = _assigned(second)
-    outer, inner = (None if v is None else called(v) for v in (activated, value))
-    if target is None or target != again or outer is None or inner is None:
-        return None, None
-    same = isinstance(outer[1], ast.Name) and outer[1].id == target
-    return (outer[0], inner[0]) if same else (None, None)
+def _rows(block: list[ast.stmt]) -> Iterator[list[ast.stmt]]:
+    """Two or three statements ``y = f(x)``, ``y = g(y)``, ``y = h(y)``, one after the other."""
+    for start, first in enumerate(block):
+        row = [first]
+        for statement in block[start + 1 : start + 3]:
+            if _step(first) is None or _step(statement) is None or not _continues(first, statement):
+                break
+            row.append(statement)
+            yield list(row)
 
 
-def _assigned(node: ast.stmt) -> tuple[str | None, ast.expr | None]:
-    if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-        return node.targets[0].id, node.value
-    return None, None
+def _continues(first: Any, then: Any) -> bool:
+    target = first.targets[0].id
+    argument = then.value.args[0]
+    return bool(then.targets[0].id == target and isinstance(argument, ast.Name) and argument.id == target)
+
+
+def _step(statement: ast.stmt) -> ast.expr | None:
+    """The function f of ``name = f(x)``."""
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
+        call = called(statement.value)
+        return None if call is None else call[0]
+    return None
+
+
+def _idle(module: nn.Module, function: ast.expr) -> bool:
+    name = child(function)
+    return name is not None and type(getattr(module, name, None)) is nn.Identity
 
 
 def draws(sample: Sample) -> list[Draw]:

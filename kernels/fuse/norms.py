@@ -39,6 +39,7 @@ class Norm(Joint):
     weight_offset: float
     eps: str | float
     promotes: bool
+    narrows: bool
     channels_first: bool = False
 
     @property
@@ -88,8 +89,10 @@ class Norm(Joint):
                     if channels_first and not center:
                         raise Refused("there is no fused operator for a root mean square over channels")
                     eps = _find_eps(sample, probe, center, weight, offset, bias)
-                    promotes = weight is not None and not channels_first and _promotes(module)
-                    return cls(center, weight, bias, offset, eps, promotes, channels_first)
+                    mixes = weight is not None and not channels_first
+                    promotes = mixes and _result(module, torch.bfloat16, torch.float32) == torch.float32
+                    narrows = mixes and _result(module, torch.float32, torch.bfloat16) == torch.bfloat16
+                    return cls(center, weight, bias, offset, eps, promotes, narrows, channels_first)
         return None
 
     def members(self, original: type) -> dict[str, Any]:
@@ -97,7 +100,7 @@ class Norm(Joint):
         own = original.forward  # type: ignore[attr-defined]
         center, weight_name, bias_name, offset = self.center, self.weight, self.bias, self.weight_offset
         eps_name, eps_value = (self.eps, None) if isinstance(self.eps, str) else (None, self.eps)
-        promotes, channels_first = self.promotes, self.channels_first
+        promotes, narrows, channels_first = self.promotes, self.narrows, self.channels_first
 
         @functools.wraps(own)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -115,9 +118,8 @@ class Norm(Joint):
                 return own(self, x)
             if promotes and weight is not None and weight.dtype != x.dtype:
                 x = x.to(torch.promote_types(x.dtype, weight.dtype))
-            if center:
-                return layer_norm(x, weight, bias, eps=eps)
-            return rms_norm(x, weight, eps=eps, weight_offset=offset)
+            y = layer_norm(x, weight, bias, eps=eps) if center else rms_norm(x, weight, eps=eps, weight_offset=offset)
+            return y.to(weight.dtype) if narrows and weight is not None and weight.itemsize < y.itemsize else y
 
         return {"forward": forward}
 
@@ -241,14 +243,12 @@ def _small_numbers(module: nn.Module) -> list[tuple[str, float | None]]:
     ]
 
 
-def _promotes(module: nn.Module) -> bool:
-    """Whether wider parameters widen the result."""
-    wide = copy.deepcopy(module).float()
-    width = next(wide.parameters()).shape[0]
+def _result(module: nn.Module, inputs: torch.dtype, parameters: torch.dtype) -> torch.dtype | None:
+    """The dtype of the result where those of input and parameters differ; None if it does not take that."""
+    mixed = copy.deepcopy(module).to(parameters)
+    weight = next(mixed.parameters())
     try:
-        y = own_forward(wide)(
-            wide, torch.ones(1, 2, width, dtype=torch.bfloat16, device=next(wide.parameters()).device)
-        )
+        y = own_forward(mixed)(mixed, torch.ones(1, 2, weight.shape[0], dtype=inputs, device=weight.device))
     except Exception:
-        return False
-    return bool(y.dtype == torch.float32)
+        return None
+    return y.dtype if isinstance(y, Tensor) else None

@@ -95,9 +95,7 @@ def sites(module: nn.Module) -> list[Site]:
     return found
 
 
-def examine(
-    site: Site, module: nn.Module, root: nn.Module, known: dict[Hashable, Check | str]
-) -> Check | str:
+def examine(site: Site, module: nn.Module, root: nn.Module, known: dict[Hashable, Check | str]) -> Check | str:
     """What verification found, or why the site is left; sites with equal keys are verified once."""
     if site.refusal:
         return site.refusal

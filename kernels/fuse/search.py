@@ -22,7 +22,16 @@ from .sample import Refused, Sample
 from .sites import Site
 from .verify import Check, verify
 
-JOINTS: tuple[type[Joint], ...] = (Norm, ChannelNorm, GatedMLP, Rotary, CrossEntropy, SoftmaxModule, CausalLoss, OutputHead)
+JOINTS: tuple[type[Joint], ...] = (
+    Norm,
+    ChannelNorm,
+    GatedMLP,
+    Rotary,
+    CrossEntropy,
+    SoftmaxModule,
+    CausalLoss,
+    OutputHead,
+)
 
 _PACKAGE = __name__.removesuffix(".fuse.search")
 
@@ -57,59 +66,54 @@ class Search:
 
     def joints(self, module: nn.Module) -> list[Found]:
         """The joints at ``module``: one that it is as a whole, or those in its source."""
-        return _look(module, self)
+        made = fusion(module)
+        if made is not None:
+            return [Found("already fused", operator, part=part) for operator, part in made.joint.parts()]
+        if type(module).__module__.startswith(_PACKAGE + ".ops."):
+            return [Found("already fused", "", "a braze module")]
+        whole = self._as_a_whole(module)
+        if whole is None:
+            return self._inside(module)
+        if whole.joint is None:
+            inside = self._inside(module)
+            return inside if any(found.joint is not None for found in inside) else [whole, *inside]
+        if not isinstance(whole.joint, Rotary):
+            return [whole]
+        # The helper that is replaced as a whole holds what would be sites otherwise.
+        return [whole, *(found for found in self._inside(module) if found.operator != whole.operator)]
 
+    def _as_a_whole(self, module: nn.Module) -> Found | None:
+        left = None
+        for joint_type in JOINTS:
+            if id(module) not in self.candidates[joint_type]:
+                continue
+            barrier = _barrier(module)
+            if barrier:
+                if _named_like(module, joint_type):
+                    return Found("left", "", barrier)
+                continue
+            key = joint_type, joint_type.key(module)
+            if key not in self.known:
+                self.known[key] = _examine(joint_type, module, self.root)
+            outcome = self.known[key]
+            if outcome.joint is not None:
+                return Found("fused", outcome.joint.operator, outcome.reason, outcome.check, outcome.joint)
+            if outcome.reason:
+                left = Found("left", "", outcome.reason)
+        return left
 
-def _look(module: nn.Module, search: Search) -> list[Found]:
-    made = fusion(module)
-    if made is not None:
-        return [Found("already fused", operator, part=part) for operator, part in made.joint.parts()]
-    if type(module).__module__.startswith(_PACKAGE + ".ops."):
-        return [Found("already fused", "", "a braze module")]
-    whole = _as_a_whole(module, search)
-    if whole is not None and whole.joint is not None and not isinstance(whole.joint, Rotary):
-        return [whole]
-    inside = _inside(module, search)
-    if whole is not None and whole.joint is not None:
-        inside = [found for found in inside if found.operator != whole.operator]
-    if any(found.joint is not None for found in inside) and (whole is None or whole.joint is None):
-        return inside
-    return ([] if whole is None else [whole]) + inside
-
-
-def _as_a_whole(module: nn.Module, search: Search) -> Found | None:
-    left = None
-    for joint_type in JOINTS:
-        if id(module) not in search.candidates[joint_type]:
-            continue
-        barrier = _barrier(module)
-        if barrier:
-            if _named_like(module, joint_type):
-                return Found("left", "", barrier)
-            continue
-        key = joint_type, joint_type.key(module)
-        if key not in search.known:
-            search.known[key] = _examine(joint_type, module, search.root)
-        outcome = search.known[key]
-        if outcome.joint is not None:
-            return Found("fused", outcome.joint.operator, outcome.reason, outcome.check, outcome.joint)
-        if outcome.reason:
-            left = Found("left", "", outcome.reason)
-    return left
-
-
-def _inside(module: nn.Module, search: Search) -> list[Found]:
-    found: list[Found] = []
-    # What a Hugging Face model records is decided by the classes of its inner models.
-    if hasattr(module, "from_pretrained") or _barrier(module, own=True):
+    def _inside(self, module: nn.Module) -> list[Found]:
+        # What a Hugging Face model records is decided by the classes of its inner models.
+        if hasattr(module, "from_pretrained") or _barrier(module, own=True):
+            return []
+        found = []
+        for site in sites(module):
+            verdict = examine(site, module, self.root, self.checked)
+            if isinstance(verdict, str):
+                found.append(Found("left", "", verdict, part=site.part))
+            else:
+                found.append(Found("fused", site.operator, "", verdict, site, site.part))
         return found
-    for site in sites(module):
-        verdict = examine(site, module, search.root, search.checked)
-        if isinstance(verdict, str):
-            found.append(Found("left", "", verdict, part=site.part))
-        else:
-            found.append(Found("fused", site.operator, "", verdict, site, site.part))
-    return found
 
 
 def _examine(joint_type: type[Joint], module: nn.Module, root: nn.Module) -> Outcome:
@@ -157,5 +161,3 @@ def _barrier(module: nn.Module, own: bool = False) -> str:
 def _named_like(module: nn.Module, joint_type: type[Joint]) -> bool:
     """Only for the report: whether a user would expect to read why this module was left."""
     return joint_type is not Norm or any(Norm.hint in base.__name__.lower() for base in type(module).__mro__)
-
-

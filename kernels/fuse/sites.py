@@ -131,10 +131,9 @@ def child(node: ast.expr) -> str | None:
 
 def called(node: ast.AST) -> tuple[ast.expr, ast.expr] | None:
     """(function, argument) of a call with one argument."""
-    if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
-        if not isinstance(node.args[0], ast.Starred):
-            return node.func, node.args[0]
-    return None
+    if not isinstance(node, ast.Call) or len(node.args) != 1 or node.keywords or isinstance(node.args[0], ast.Starred):
+        return None
+    return node.func, node.args[0]
 
 
 def resolved(node: ast.expr, module: nn.Module, function: types.FunctionType) -> Any:

@@ -6,7 +6,6 @@ operators beside them.
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -20,7 +19,9 @@ from typing import Any
 
 from .sample import Refused
 
-_FEATURES = functools.reduce(int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names))
+_FEATURES = functools.reduce(
+    int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+)
 
 #: What replaces a node: given the node, its fused form. By the node's number in a walk through the tree.
 Edits = Mapping[int, Callable[[Any], ast.AST]]

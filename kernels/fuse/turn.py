@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import types
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -94,12 +95,11 @@ def _parts(node: ast.AST) -> tuple[ast.expr, ast.expr, ast.expr, ast.expr] | Non
     ]
     if factors[0] is None or factors[1] is None:
         return None
-    for call_at, sin_at in ((0, 1), (1, 0)):
-        call = called(_widened(factors[1][call_at]))
-        for x_at, cos_at in ((0, 1), (1, 0)):
-            x = factors[0][x_at]
+    for plain, turned in ((factors[0], factors[1]), (factors[1], factors[0])):
+        for call_at, x_at in itertools.product((0, 1), repeat=2):
+            call, x = called(_widened(turned[call_at])), plain[x_at]
             if call is not None and _plain(_widened(x)) and ast.dump(_widened(call[1])) == ast.dump(_widened(x)):
-                return call[0], x, factors[0][cos_at], factors[1][sin_at]
+                return call[0], x, plain[1 - x_at], turned[1 - call_at]
     return None
 
 
