@@ -103,7 +103,7 @@ def vision_models():
     vision = pytest.importorskip("torchvision.models.vision_transformer")
     yield timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10), []
     eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=2, num_classes=10)
-    yield eva, ["glu"] * 2 + ["rope"] * 4
+    yield eva, ["glu"] * 4 + ["rope"] * 6  # each in two forms, of which a model runs one
     model = vision.VisionTransformer(32, 8, 2, 4, 64, 128, num_classes=10)
     nn.init.normal_(model.heads.head.weight)  # it starts at zero, and would hide everything before it
     yield model, []

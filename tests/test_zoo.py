@@ -20,9 +20,9 @@ SAMPLE = {
     "causal:ernie4_5": {"norm": 5, "gated mlp": 2, "rope": 2},  # interleaved and widened tables
     "masked:modernbert": {"norm": 6, "gated mlp": 2, "rope": 2},
     "seq2seq:t5": {"norm": 12},
-    "image:convnext": {"norm": 10},
+    "timm:convnext_atto": {"norm": 17},
     "timm:mobilenetv4_conv_small": {},
-    "torchvision:mobilenet_v2": {},
+    "torchvision:resnet18": {"batch norm and activation": 9},
     "own:dit": {"norm": 5},
     "own:unet": {"group norm and activation": 7},
 }
@@ -76,7 +76,7 @@ def watched():
 
 
 def test_nothing_global_changes_whatever_is_fused():
-    names = ["causal:llama", "seq2seq:t5", "masked:modernbert", "image:convnext", "timm:resnet18", "own:unet"]
+    names = ["causal:llama", "seq2seq:t5", "masked:modernbert", "timm:convnext_atto", "timm:resnet18", "own:unet"]
     built = [models.build(name)[0] for name in names]
     before = [public(thing) for thing in watched()]
     transformers_before = set(dir(__import__("transformers")))

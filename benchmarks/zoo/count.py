@@ -97,9 +97,13 @@ def _activation(module: nn.Module) -> bool:
     return type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, nn.MultiheadAttention)
 
 
-@functools.cache
 def _source(cls: type) -> str:
     """Of the forward, and of what a class calls like it."""
+    return _cached_source(cls)
+
+
+@functools.cache
+def _cached_source(cls: type) -> str:
     found: dict[str, str] = {}
     for base in cls.__mro__:
         for name, value in vars(base).items():

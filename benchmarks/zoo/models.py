@@ -39,7 +39,7 @@ def _transformers(family: str, name: str) -> Built:
 
     config = tiny_config(name)
     config._experts_implementation = "eager"  # the others have no float64
-    classes = FAMILIES[family][name]
+    classes: Any = FAMILIES[family][name]
     model = getattr(transformers, classes if isinstance(classes, str) else classes[0])(config)
     takes = inspect.signature(model.forward).parameters
     if family == "image":
@@ -54,6 +54,7 @@ def _timm(name: str) -> Built:
     import timm
 
     options: dict[str, Any] = {"num_classes": 10}
+    model: Any
     try:
         model = timm.create_model(name, pretrained=False, img_size=64, **options)
     except (TypeError, AssertionError, RuntimeError):

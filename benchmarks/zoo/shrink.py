@@ -47,8 +47,6 @@ SIZES: dict[str, Any] = {
 #: Where the sizes above do not fit together, or a list of sizes is the model's shape.
 SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "convnext": {"num_stages": 4, "hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 2, 1]},
-    "convnextv2": {"num_stages": 4, "hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 2, 1]},
 }
 
 FAMILIES = {

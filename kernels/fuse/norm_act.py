@@ -136,11 +136,11 @@ class NormAct(Site):
                 yield from cls._made(module, unit, outer[0], inner[0], (numbers[id(node)],))
             for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
                 for row in _rows(block if isinstance(block, list) else []):
-                    inner, *between, outer = (_step(statement) for statement in row)
-                    if inner is not None and outer is not None and all(_idle(module, f) for f in between if f):
+                    norm, *between, act = (_step(statement) for statement in row)
+                    if norm is not None and act is not None and all(_idle(module, f) for f in between if f):
                         places = tuple(numbers[id(statement)] for statement in row)
                         idle = tuple(ast.unparse(f) for f in between if f)
-                        yield from cls._made(module, unit, outer, inner, places, idle)
+                        yield from cls._made(module, unit, act, norm, places, idle)
 
     @classmethod
     def _made(

@@ -42,7 +42,8 @@ class Rewritten(Joint):
         if places:
             return {"forward": in_sequence(places)}
         found = {} if self.rotary is None else self.rotary.members(original)
-        parts, made = units(original), {}  # the functions with sites, fused, by the names of their units
+        parts = units(original)
+        made: dict[str, Any] = {}  # the functions with sites, fused, by the names of their units
         for name in _callees_first(parts):
             mine = [(number, site) for number, site in enumerate(self.sites) if site.unit == name]
             edits: dict[int, Callable[[Any], ast.AST]] = {}

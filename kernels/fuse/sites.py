@@ -75,15 +75,20 @@ class Unit(NamedTuple):
     """A function of a class in which there may be sites: a method, or a global function that one of them calls."""
 
     name: str
-    function: types.FunctionType
+    #: A plain function.
+    function: Any
     tree: ast.FunctionDef
     #: The units that it calls, by the names by which it does.
     calls: dict[str, str]
 
 
-@functools.lru_cache(maxsize=4096)
 def units(cls: type) -> dict[str, Unit]:
     """The forward, the methods that it calls, and the plain functions that any of them calls, by name."""
+    return _units(cls)
+
+
+@functools.lru_cache(maxsize=4096)
+def _units(cls: type) -> dict[str, Unit]:
     found: dict[str, Unit] = {}
     waiting: list[tuple[str, Any]] = [("forward", _method(cls, "forward"))]
     while waiting:

@@ -124,14 +124,11 @@ class _Editor(ast.NodeTransformer):
 
 def _compiled(definition: ast.FunctionDef, original: types.CodeType) -> types.CodeType | None:
     """The code of the function, as it is when closed over what the original is closed over."""
+    body: list[ast.stmt] = [definition]
     if original.co_freevars:
-        names = [ast.arg(arg=name) for name in original.co_freevars]
-        arguments = ast.arguments(posonlyargs=[], args=names, kwonlyargs=[], kw_defaults=[], defaults=[])
-        body: list[ast.stmt] = [
-            ast.FunctionDef(name="closed", args=arguments, body=[definition], decorator_list=[], type_params=[])
-        ]
-    else:
-        body = [definition]
+        outside = ast.parse(f"def closed({', '.join(original.co_freevars)}): pass").body[0]
+        assert isinstance(outside, ast.FunctionDef)
+        outside.body, body = body, [outside]
     module = ast.fix_missing_locations(ast.Module(body=body, type_ignores=[]))
     flags = original.co_flags & _FEATURES
     try:
