@@ -39,7 +39,8 @@ def _transformers(family: str, name: str) -> Built:
 
     config = tiny_config(name)
     config._experts_implementation = "eager"  # the others have no float64
-    classes: Any = FAMILIES[family][name]
+    families: dict[str, Any] = FAMILIES
+    classes = families[family][name]
     model = getattr(transformers, classes if isinstance(classes, str) else classes[0])(config)
     takes = inspect.signature(model.forward).parameters
     if family == "image":
@@ -59,14 +60,23 @@ def _timm(name: str) -> Built:
         model = timm.create_model(name, pretrained=False, img_size=64, **options)
     except (TypeError, AssertionError, RuntimeError):
         model = timm.create_model(name, pretrained=False, **options)
-    size = model.pretrained_cfg.get("input_size", (3, 224, 224))[-1]
-    fixed = model.pretrained_cfg.get("fixed_input_size", False) or not hasattr(model, "default_cfg")
-    found = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if found is not None:
-        size = found[0] if isinstance(found, tuple) else found
-    elif not fixed:
-        size = 64
+    sizes = [64, model.pretrained_cfg.get("input_size", (3, 224, 224))[-1]]
+    size = next((size for size in sizes if _runs(model, size)), sizes[-1])
     return model, {"x": torch.randn(2, 3, size, size)}
+
+
+def _runs(model: nn.Module, size: int) -> bool:
+    """Whether the model takes images of this size: some have it built in, whatever they were told."""
+    states = [module.training for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+        return True
+    except Exception:
+        return False
+    finally:
+        for module, training in zip(model.modules(), states, strict=True):
+            module.training = training
 
 
 _DETECTION = ("rcnn", "retinanet", "fcos", "ssd")
@@ -83,7 +93,7 @@ def _torchvision(name: str) -> Built:
         return model, {"images": [torch.rand(3, 64, 64)] * 2, "targets": [_target(name)] * 2}
     if any(word in name for word in ("deeplab", "fcn", "lraspp")):
         model = torchvision.models.get_model(name, weights_backbone=None, num_classes=5, **options)
-        return model, {"input": torch.randn(2, 3, 64, 64)}
+        return model, {next(iter(inspect.signature(model.forward).parameters)): torch.randn(2, 3, 64, 64)}
     if name.startswith("vit"):
         options["image_size"] = 32
     if name.startswith("maxvit"):

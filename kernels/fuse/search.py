@@ -75,7 +75,7 @@ class Search:
         if whole is None:
             return self._inside(module)
         if whole.joint is None:
-            inside = self._inside(module)
+            inside = [] if _barrier(module) else self._inside(module)
             return inside if any(found.joint is not None for found in inside) else [whole, *inside]
         if not isinstance(whole.joint, Rotary):
             return [whole]
