@@ -27,6 +27,8 @@ ACTIVATIONS = ("relu", "silu")
 #: On the CPU ATen sums over a channel in float64, which the fused operators are not asked to: they sum in float32.
 SLACK = 4.0
 
+_OPTIONS = ("eps", "momentum", "affine", "track_running_stats")
+
 OPERATORS = {"batch": "batch_norm_act", "group": "group_norm"}
 
 
@@ -162,9 +164,12 @@ class NormAct(Site):
             yield cls(unit.name, numbers, name, own, ast.unparse(act), module_type(found), what, between)
 
     def key(self, module: nn.Module) -> Hashable:
-        """Both modules."""
-        act = self._act(module)
-        return NormAct, kind(getattr(module, self.norm)), kind(act) if isinstance(act, nn.Module) else act
+        """Both modules, whatever the number of channels: the norm is torch's own."""
+        norm, act = getattr(module, self.norm), self._act(module)
+        options = tuple((name, getattr(norm, name, None)) for name in _OPTIONS)
+        first = next(itertools.chain(norm.parameters(), norm.buffers()), None)
+        tensors = None if first is None else (first.dtype, first.device.type, norm.weight is None)
+        return NormAct, type(norm), options, tensors, kind(act) if isinstance(act, nn.Module) else act
 
     def trial(self, module: nn.Module, root: nn.Module) -> tuple[nn.Module, nn.Module, Sample]:
         """The two alone, each on a norm of its own."""

@@ -159,7 +159,7 @@ def activation(act: Any) -> str | None:
             return None
     elif not callable(act) or isinstance(act, type):
         return None
-    x = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64)
+    x = torch.linspace(-12.0, 12.0, 97, dtype=torch.float64)  # as far as ReLU6 bends
     try:
         with torch.no_grad(), Exactly():
             y = copy.deepcopy(act).forward(x.clone()) if isinstance(act, nn.Module) else act(x.clone())
