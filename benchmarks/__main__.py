@@ -22,6 +22,7 @@ COMMANDS = {
     "packing": "train a language model on packed and on padded batches of the same documents",
     "audit": "which torchvision and timm models keep channels_last, which lose it, and where",
     "channels_last": "time a training step of convolutional models, channels_last against contiguous",
+    "zoo": "fuse every kind of model, against an independent count of its joints",
     "demo": "train real models under Lightning, vanilla and fused, side by side",
 }
 

@@ -1,17 +1,19 @@
 """``python -m braze.kernels``: which implementation every operator would run on this machine, and why.
 
-``--table`` prints the table of all operators instead, in Markdown.
+``--table`` prints the table of all operators instead, in Markdown; ``plan MODEL`` what ``fuse`` would do with a model.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import warnings
 
 import torch
 
-from . import OPS, dispatch, table
+from . import OPS, dispatch, plan, table
+from .fuse.named import FORMS, named
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -32,8 +34,20 @@ def main() -> None:
     """Print the rows as plain text, columns aligned; no package beyond torch is needed."""
     parser = argparse.ArgumentParser("python -m braze.kernels", description="Which implementation runs here, and why.")
     parser.add_argument("--table", action="store_true", help="print the table of all operators, in Markdown")
-    if parser.parse_args().table:
+    commands = parser.add_subparsers(dest="command")
+    planning = commands.add_parser("plan", help="what fuse would do with a model", description=f"MODEL: {FORMS}.")
+    planning.add_argument("model", metavar="MODEL")
+    planning.add_argument("--json", action="store_true", help="print the records as JSON")
+    arguments = parser.parse_args()
+    if arguments.table:
         print(table.markdown(), end="")
+        return
+    if arguments.command == "plan":
+        try:
+            report = plan(named(arguments.model))
+        except ValueError as error:
+            planning.error(str(error))
+        print(json.dumps(report.as_dicts(), indent=1) if arguments.json else report)
         return
     print(f"braze {importlib.metadata.version('braze')}, torch {torch.__version__}, {_gpu()}")
     print(f"Large tensors in eager mode; on the CPU, under {dispatch.SMALLEST_COMPILED} elements all run eager,")

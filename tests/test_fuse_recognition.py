@@ -191,7 +191,6 @@ def test_the_cross_entropy_module_is_fused_and_takes_class_probabilities_too(wei
         (TrainingNorm(), "eval"),
         (DetachedNorm(), "gradient of input"),
         (nn.LayerNorm((7, 32)), "more than the last dim"),
-        (Dropping(), "random"),
         (Residual(), "something else"),
         (Bilinear(), "something else"),
         (Branching(), "bfloat16"),
@@ -202,6 +201,16 @@ def test_lookalikes_are_left_with_the_reason(module, reason):
     (record,) = fuse(module)
     assert record.status == "left"
     assert re.search(reason, record.reason), record.reason
+
+
+def test_a_gate_with_dropout_around_it_is_fused_without_it():
+    module, x = Dropping(), torch.randn(3, 32)
+    plain = copy.deepcopy(module)
+    assert operators(fuse(module)) == ["glu"]
+    for model in (module, plain):
+        torch.manual_seed(0)
+        model.result = model(x)
+    torch.testing.assert_close(module.result, plain.result)
 
 
 def test_a_module_that_is_no_joint_is_not_reported():

@@ -1,39 +1,22 @@
-"""``fuse`` and ``unfuse``: walk a model, verify each kind of joint once, swap classes, undo."""
+"""``fuse``, ``plan`` and ``unfuse``: walk a model, swap classes, undo."""
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-import functools
-from collections.abc import Hashable, Iterable, Set
-from typing import NamedTuple
+from collections.abc import Iterable
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-from .gated_mlp import GatedMLP
-from .heads import OutputHead
 from .joint import Joint, fused_class, fusion
-from .losses import CausalLoss, CrossEntropy, SoftmaxModule
-from .norms import Norm
 from .report import FusionReport, Record
+from .rewritten import Rewritten
 from .rotary import Rotary
-from .sample import Refused, Sample, quiet
-from .verify import Check, verify
-
-JOINTS: tuple[type[Joint], ...] = (Norm, GatedMLP, Rotary, CrossEntropy, SoftmaxModule, CausalLoss, OutputHead)
+from .sample import quiet
+from .search import Search
+from .sites import Site
 
 Choice = str | type[nn.Module]
-
-_PACKAGE = __name__.removesuffix(".fuse.fuse")
-
-
-class Outcome(NamedTuple):
-    """What examining one kind of module gave: a joint with its note and check, or a reason to leave it, or neither."""
-
-    joint: Joint | None
-    reason: str = ""
-    check: Check | None = None
 
 
 def fuse(model: nn.Module, *, skip: Iterable[Choice] = (), only: Iterable[Choice] | None = None) -> FusionReport:
@@ -57,30 +40,65 @@ def fuse(model: nn.Module, *, skip: Iterable[Choice] = (), only: Iterable[Choice
     Raises:
         TypeError: if model is no module, or an entry of skip or only is neither a string nor a module class.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fuse: model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself")
-    skip, only = _choices("skip", skip), None if only is None else _choices("only", only)
-    records: list[Record] = []
-    swaps: list[tuple[nn.Module, type]] = []
-    known: dict[Hashable, Outcome] = {}
-    candidates = {joint_type: joint_type.candidates(model) for joint_type in JOINTS}
-    with quiet(model):
-        for path, module in model.named_modules():
-            if any(_matches(choice, path, module, None) for choice in skip):
-                continue
-            found = _look(module, model, candidates, known)
-            if found is None:
-                continue
-            status, operator, outcome = found
-            if any(_matches(choice, path, module, operator) for choice in skip):
-                continue
-            if only is not None and not any(_matches(choice, path, module, operator) for choice in only):
-                continue
-            records.append(Record(path, type(module).__name__, operator, status, outcome.reason, outcome.check))
-            if status == "fused" and outcome.joint is not None:
-                swaps.append((module, fused_class(type(module), outcome.joint)))
+    records, swaps = _search("fuse", model, skip, only)
     _swap(swaps)
     return FusionReport(records)
+
+
+def plan(model: nn.Module, *, skip: Iterable[Choice] = (), only: Iterable[Choice] | None = None) -> FusionReport:
+    """What :func:`fuse` would do with the same arguments, verified in the same way; nothing is changed.
+
+    Args:
+        model: as in :func:`fuse`; on the meta device no weights are needed.
+        skip: as in :func:`fuse`.
+        only: as in :func:`fuse`.
+
+    Returns:
+        The report of :func:`fuse`, whose joints are "planned" and not "fused".
+
+    Raises:
+        TypeError: as :func:`fuse`.
+    """
+    records, _ = _search("plan", model, skip, only)
+    return FusionReport(
+        [dataclasses.replace(one, status="planned") if one.status == "fused" else one for one in records]
+    )
+
+
+def _search(
+    caller: str, model: nn.Module, skip: Iterable[Choice], only: Iterable[Choice] | None
+) -> tuple[list[Record], list[tuple[nn.Module, type]]]:
+    """A record for each joint, and the modules to swap, with the classes they get."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+    skip = _choices(caller, "skip", skip)
+    only = None if only is None else _choices(caller, "only", only)
+    search = Search(model)
+    records: list[Record] = []
+    swaps: list[tuple[nn.Module, type]] = []
+    taken: set[int] = set()
+    with quiet(model):
+        for path, module in model.named_modules():
+            if id(module) in taken or any(_matches(choice, path, module, None) for choice in skip):
+                continue
+            chosen: list[Joint | Site] = []
+            for found in search.joints(module):
+                where = f"{path}.{found.part}".strip(".") if found.part else path
+                if any(_matches(choice, where, module, found.operator) for choice in skip):
+                    continue
+                if only is not None and not any(_matches(choice, where, module, found.operator) for choice in only):
+                    continue
+                part = module.get_submodule(found.part)
+                records.append(
+                    Record(where, type(part).__name__, found.operator, found.status, found.reason, found.check)
+                )
+                if found.part and found.status != "left":
+                    taken.add(id(part))
+                if found.joint is not None:
+                    chosen.append(found.joint)
+            if chosen:
+                swaps.append((module, fused_class(type(module), _together(chosen))))
+    return records, swaps
 
 
 def unfuse(model: nn.Module) -> None:
@@ -104,6 +122,15 @@ def unfuse(model: nn.Module) -> None:
     _swap(swaps)
 
 
+def _together(chosen: list[Joint | Site]) -> Joint:
+    """One joint of all that was chosen at a module."""
+    places = tuple(one for one in chosen if isinstance(one, Site))
+    joints = [one for one in chosen if isinstance(one, Joint)]
+    if not places:
+        return joints[0]
+    return Rewritten(places, next((one for one in joints if isinstance(one, Rotary)), None))
+
+
 def _swap(swaps: list[tuple[nn.Module, type]]) -> None:
     done: list[tuple[nn.Module, type]] = []
     try:
@@ -117,87 +144,12 @@ def _swap(swaps: list[tuple[nn.Module, type]]) -> None:
         raise
 
 
-def _look(
-    module: nn.Module, root: nn.Module, candidates: dict[type[Joint], Set[int]], known: dict[Hashable, Outcome]
-) -> tuple[str, str, Outcome] | None:
-    """(status, operator, outcome), or None where there is no joint."""
-    made = fusion(module)
-    if made is not None:
-        return "already fused", made.joint.operator, Outcome(None)
-    if type(module).__module__.startswith(_PACKAGE + ".ops."):
-        return "already fused", "", Outcome(None, "a braze module")
-    for joint_type in JOINTS:
-        if id(module) not in candidates[joint_type]:
-            continue
-        barrier = _barrier(module)
-        if barrier:
-            if _named_like(module, joint_type):
-                return "left", "", Outcome(None, barrier)
-            continue
-        key = joint_type, joint_type.key(module)
-        if key not in known:
-            known[key] = _examine(joint_type, module, root)
-        outcome = known[key]
-        if outcome.joint is not None:
-            return "fused", outcome.joint.operator, outcome
-        if outcome.reason:
-            return "left", "", outcome
-    return None
-
-
-def _examine(joint_type: type[Joint], module: nn.Module, root: nn.Module) -> Outcome:
-    outcome = Outcome(None)
-    for sizes in joint_type.sizes(module):
-        outcome = _attempt(joint_type, module, root, sizes)
-        if outcome.joint is not None:
-            break
-    return outcome
-
-
-def _attempt(joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes: dict[int, int] | None) -> Outcome:
-    joint = None
-    try:
-        sample = Sample(module, root, sizes)
-        joint = joint_type.recognise(sample)
-        if joint is None:
-            return Outcome(None, "it computes something else" if _named_like(module, joint_type) else "")
-        original, fused = joint.trial(sample)
-        check = verify(original, fused, functools.partial(joint.draws, sample), sample.dtype, joint.exact)
-        return Outcome(joint, joint.note, check)
-    except Refused as refused:
-        close = joint is not None or _named_like(module, joint_type)
-        return Outcome(None, str(refused) if close else "")
-
-
-def _barrier(module: nn.Module) -> str:
-    """Why this module must not be touched, or nothing."""
-    if "forward" in vars(module):
-        return "the instance has a forward of its own"
-    if parametrize.is_parametrized(module):
-        return "it is parametrized"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is scripted"
-    if type(module).__reduce__ is not object.__reduce__ or type(module).__reduce_ex__ is not object.__reduce_ex__:
-        return "its class pickles itself in a way of its own"
-    for name, parameter in module.named_parameters():
-        if type(parameter) is not nn.Parameter and type(parameter).__name__ != "DTensor":
-            return f"{name} is a {type(parameter).__name__}"
-        if not parameter.is_floating_point():
-            return f"{name} is {parameter.dtype}"
-    return ""
-
-
-def _named_like(module: nn.Module, joint_type: type[Joint]) -> bool:
-    """Only for the report: whether a user would expect to read why this module was left."""
-    return joint_type is not Norm or any(Norm.hint in base.__name__.lower() for base in type(module).__mro__)
-
-
-def _choices(name: str, choices: Iterable[Choice]) -> tuple[Choice, ...]:
+def _choices(caller: str, name: str, choices: Iterable[Choice]) -> tuple[Choice, ...]:
     found = (choices,) if isinstance(choices, (str, type)) else tuple(choices)
     for choice in found:
         if not isinstance(choice, str) and not (isinstance(choice, type) and issubclass(choice, nn.Module)):
             raise TypeError(
-                f"fuse: {name} must hold paths, operator names or module classes, got {choice!r}; "
+                f"{caller}: {name} must hold paths, operator names or module classes, got {choice!r}; "
                 'e.g. skip=["model.layers.0.*", "rope", nn.LayerNorm]'
             )
     return found

@@ -26,6 +26,8 @@ class Joint(ABC):
     #: The word in a class's name that makes a refusal worth reporting even where nothing like the joint was found.
     hint: ClassVar[str]
     operator: str
+    #: Allowed error in units of the original's own. Raising it needs a reason beside it.
+    slack: ClassVar[float] = 2.0
     #: What the report adds where such a joint was fused.
     note: ClassVar[str] = ""
 
@@ -57,6 +59,10 @@ class Joint(ABC):
     @abstractmethod
     def members(self, original: type) -> dict[str, Any]:
         """What the fused subclass of ``original`` overrides."""
+
+    def parts(self) -> list[tuple[str, str]]:
+        """What the report says of it: operator, and child that it is about."""
+        return [(self.operator, "")]
 
     def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
         """(original, fused), with equal parameters, to be compared on numbers."""

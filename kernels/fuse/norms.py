@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.layer_norm import layer_norm
+from ..ops.layer_norm_2d import layer_norm_2d
 from ..ops.rms_norm import rms_norm
 from .joint import Joint, own_forward, takes
 from .sample import Draw, Exactly, Refused, Sample
@@ -38,15 +39,21 @@ class Norm(Joint):
     weight_offset: float
     eps: str | float
     promotes: bool
+    narrows: bool
+    channels_first: bool = False
 
     @property
     def operator(self) -> str:  # type: ignore[override]
         """The name of the fused operator."""
+        if self.channels_first:
+            return "layer_norm_2d"
         return "layer_norm" if self.center else "rms_norm"
 
     @classmethod
     def suits(cls, module: nn.Module) -> bool:
         """No children, no buffers, and one width for all parameters; without parameters, an ε or None for one."""
+        if isinstance(module, nn.GroupNorm):
+            return False
         children = (name for name, _ in module.named_children() if name != "parametrizations")
         if any(True for _ in children) or any(True for _ in module.buffers()):
             return False
@@ -62,15 +69,30 @@ class Norm(Joint):
         module, parameters = sample.module, dict[str, Tensor](sample.module.named_parameters())
         if any(p.dim() != 1 for p in parameters.values()):
             raise Refused("it normalizes over more than the last dim")
+        try:
+            return cls._recognised(sample, channels_first=False)
+        except Refused:
+            if len(parameters) == 0 or not _takes_images(module):
+                raise
+            return cls._recognised(sample, channels_first=True)
+
+    @classmethod
+    def _recognised(cls, sample: Sample, channels_first: bool) -> Norm | None:
+        module, parameters = sample.module, dict[str, Tensor](sample.module.named_parameters())
+        probe = functools.partial(_probe_images if channels_first else _probe, module)
         large = 1e3 * (sample.randn(2, 3, _width(sample)) + 0.7)
-        y = _probe(module, large)
+        y = probe(large)
         for center in (False, True):
             normalized = _normalize(large, center)
             for weight, offset, bias in _affine_forms(parameters):
                 if not (center and offset) and _close(y, _affine(normalized, parameters, weight, offset, bias)):
-                    eps = _find_eps(sample, center, weight, offset, bias)
-                    promotes = weight is not None and _promotes(module)
-                    return cls(center, weight, bias, offset, eps, promotes)
+                    if channels_first and not center:
+                        raise Refused("there is no fused operator for a root mean square over channels")
+                    eps = _find_eps(sample, probe, center, weight, offset, bias)
+                    mixes = weight is not None and not channels_first
+                    promotes = mixes and _result(module, torch.bfloat16, torch.float32) == torch.float32
+                    narrows = mixes and _result(module, torch.float32, torch.bfloat16) == torch.bfloat16
+                    return cls(center, weight, bias, offset, eps, promotes, narrows, channels_first)
         return None
 
     def members(self, original: type) -> dict[str, Any]:
@@ -78,7 +100,7 @@ class Norm(Joint):
         own = original.forward  # type: ignore[attr-defined]
         center, weight_name, bias_name, offset = self.center, self.weight, self.bias, self.weight_offset
         eps_name, eps_value = (self.eps, None) if isinstance(self.eps, str) else (None, self.eps)
-        promotes = self.promotes
+        promotes, narrows, channels_first = self.promotes, self.narrows, self.channels_first
 
         @functools.wraps(own)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -87,14 +109,17 @@ class Norm(Joint):
             x: Tensor = args[0]
             weight: Tensor | None = None if weight_name is None else getattr(self, weight_name)
             bias = None if bias_name is None else getattr(self, bias_name)
+            eps: Any = eps_value if eps_name is None else getattr(self, eps_name)
+            if channels_first:
+                if x.dim() != 4 or weight is None or weight.shape != x.shape[1:2]:
+                    return own(self, x)
+                return layer_norm_2d(x, weight, bias, eps=eps)
             if weight is not None and weight.shape != x.shape[-1:]:
                 return own(self, x)
-            eps: Any = eps_value if eps_name is None else getattr(self, eps_name)
             if promotes and weight is not None and weight.dtype != x.dtype:
                 x = x.to(torch.promote_types(x.dtype, weight.dtype))
-            if center:
-                return layer_norm(x, weight, bias, eps=eps)
-            return rms_norm(x, weight, eps=eps, weight_offset=offset)
+            y = layer_norm(x, weight, bias, eps=eps) if center else rms_norm(x, weight, eps=eps, weight_offset=offset)
+            return y.to(weight.dtype) if narrows and weight is not None and weight.itemsize < y.itemsize else y
 
         return {"forward": forward}
 
@@ -104,6 +129,11 @@ class Norm(Joint):
         noise = functools.partial(sample.randn, 3, 8, width)
         spike = noise()
         spike[..., 0] = 50.0
+        if self.channels_first:
+            rows = [noise(), 0.5 * noise() + 3.0, 1e-3 * noise(), 3e3 * noise(), spike]
+            labels = ("an ordinary", "a shifted", "a tiny", "a large", "a spiky")
+            images = [r.unflatten(1, (2, 4)).movedim(-1, 1) for r in rows]
+            return [Draw(label, (image,)) for label, image in zip(labels, images, strict=True)]
         return [
             Draw("an ordinary", (noise(),)),
             Draw("a shifted", (0.5 * noise() + 3.0,)),
@@ -136,6 +166,19 @@ def _probe(module: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
         raise Refused("it does not return a tensor like its input")
     return y.double()
+
+
+def _takes_images(module: nn.Module) -> bool:
+    width = next(module.parameters()).shape[0]
+    try:
+        return own_forward(module)(module, torch.zeros(1, width, 2, 3).double()).shape == (1, width, 2, 3)
+    except Exception:
+        return False
+
+
+def _probe_images(module: nn.Module, rows: Tensor) -> Tensor:
+    """As :func:`_probe`, with the rows as the channels of pixels."""
+    return _probe(module, rows.unsqueeze(0).movedim(-1, 1)).movedim(1, -1).squeeze(0)
 
 
 def _summary(error: Exception) -> str:
@@ -171,11 +214,13 @@ def _close(y: Tensor, expected: Tensor) -> bool:
     return bool((y - expected).abs().max() <= 1e-6 * expected.abs().max())
 
 
-def _find_eps(sample: Sample, center: bool, weight: str | None, offset: float, bias: str | None) -> str | float:
+def _find_eps(
+    sample: Sample, probe: Callable[[Tensor], Tensor], center: bool, weight: str | None, offset: float, bias: str | None
+) -> str | float:
     """The attribute that holds ε, or else its value."""
     parameters = dict[str, Tensor](sample.module.named_parameters())
     tiny = 1e-5 * sample.randn(2, 3, _width(sample))
-    y = _probe(sample.module, tiny)
+    y = probe(tiny)
     h = tiny - tiny.mean(-1, keepdim=True) if center else tiny
     scaled = y if bias is None else y - parameters[bias]
     unscaled = scaled if weight is None else scaled / (parameters[weight] + offset)
@@ -198,14 +243,12 @@ def _small_numbers(module: nn.Module) -> list[tuple[str, float | None]]:
     ]
 
 
-def _promotes(module: nn.Module) -> bool:
-    """Whether wider parameters widen the result."""
-    wide = copy.deepcopy(module).float()
-    width = next(wide.parameters()).shape[0]
+def _result(module: nn.Module, inputs: torch.dtype, parameters: torch.dtype) -> torch.dtype | None:
+    """The dtype of the result where those of input and parameters differ; None if it does not take that."""
+    mixed = copy.deepcopy(module).to(parameters)
+    weight = next(mixed.parameters())
     try:
-        y = own_forward(wide)(
-            wide, torch.ones(1, 2, width, dtype=torch.bfloat16, device=next(wide.parameters()).device)
-        )
+        y = own_forward(mixed)(mixed, torch.ones(1, 2, weight.shape[0], dtype=inputs, device=weight.device))
     except Exception:
-        return False
-    return bool(y.dtype == torch.float32)
+        return None
+    return y.dtype if isinstance(y, Tensor) else None

@@ -17,7 +17,7 @@ class Record:
     path: str
     was: str
     now: str
-    status: str  #: "fused", "left" or "already fused"
+    status: str  #: "fused", "planned", "left" or "already fused"
     reason: str = ""
     check: Check | None = None
 
@@ -53,8 +53,9 @@ class FusionReport:
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join((*map(str.ljust, row, widths), row[4])).rstrip() for row in rows]
         lines.insert(1, "─" * max(map(len, lines)))
-        found = len(self.records)
-        lines.append(f"{len(self.fused)} of {found} joint{'s' * (found != 1)} fused")
+        found, planned = len(self.records), sum(record.status == "planned" for record in self.records)
+        done = f"{planned} of {found} joint{'s' * (found != 1)} would be" if planned else ""
+        lines.append(f"{done or f'{len(self.fused)} of {found} joint' + 's' * (found != 1)} fused")
         return "\n".join(lines)
 
 
@@ -63,7 +64,7 @@ def _row(key: tuple[str, ...], records: list[Record]) -> tuple[str, ...]:
     path = pattern if len(records) > 1 else records[0].path
     checks = [record.check for record in records if record.check]
     note = f"{status}: {reason}" if reason else status
-    if status == "fused" and checks:
+    if status in ("fused", "planned") and checks:
         worst = max(checks, key=lambda check: check.error / check.budget)
         note = f"{worst.error:.1e} / {worst.budget:.1e}  {worst.where}" if worst.where else "0, exact"
         note += f"; {reason}" if reason else ""

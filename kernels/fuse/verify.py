@@ -62,7 +62,8 @@ def verify(
     fused: nn.Module,
     draws: Callable[[], Sequence[Draw]],
     dtype: torch.dtype,
-    prepare: Callable[[nn.Module], nn.Module],
+    prepare: Callable[[nn.Module], nn.Module] = lambda module: module,
+    slack: float = SLACK,
 ) -> Check:
     """Compare float64 modules ``original`` and ``fused`` in the dtypes that matter to a model in ``dtype``.
 
@@ -82,9 +83,9 @@ def verify(
                 try:
                     if i == 0:
                         _check_random(subjects[0], first[i], x_dtype)
-                    measures = _compare(subjects, exact, first[i], x_dtype)
+                    measures = _compare(subjects, exact, first[i], x_dtype, slack)
                     if any(m.error > m.budget for m in measures):
-                        again = [_compare(subjects, exact, draws()[i], x_dtype) for _ in range(REPEATS)]
+                        again = [_compare(subjects, exact, draws()[i], x_dtype, slack) for _ in range(REPEATS)]
                         measures = [_pool(same) for same in zip(measures, *again, strict=True)]
                 except Refused as refused:
                     raise Refused(f"{refused} ({where})") from None
@@ -117,7 +118,9 @@ def _check_random(original: nn.Module, draw: Draw, dtype: torch.dtype) -> None:
         raise Refused("its forward is random")
 
 
-def _compare(subjects: list[nn.Module], exact: nn.Module, draw: Draw, dtype: torch.dtype) -> list[Measure]:
+def _compare(
+    subjects: list[nn.Module], exact: nn.Module, draw: Draw, dtype: torch.dtype, slack: float
+) -> list[Measure]:
     original, fused = subjects
     inputs = [t.to(dtype) if t.is_floating_point() else t for t in draw.inputs]
     try:
@@ -132,21 +135,23 @@ def _compare(subjects: list[nn.Module], exact: nn.Module, draw: Draw, dtype: tor
         got = _run(fused, inputs)
     except Exception as error:
         raise Refused(f"the fused form fails: {error}") from error
-    return [_measure(*same) for same in zip(plain, got, truth, strict=True)]
+    return [_measure(*same, slack) for same in zip(plain, got, truth, strict=True)]
 
 
-def _measure(plain: Result, got: Result, truth: Result) -> Measure:
+def _measure(plain: Result, got: Result, truth: Result, slack: float) -> Measure:
     if plain.value.shape != got.value.shape or plain.value.dtype != got.value.dtype:
         raise Refused(f"{plain.name} is {_describe(plain.value)}, fused {_describe(got.value)}")
     if not truth.value.numel() or not plain.value.isfinite().all():
         return Measure(plain.name, 0.0, 1.0)
+    if not plain.value.is_floating_point():
+        return Measure(plain.name, float(not torch.equal(plain.value, got.value)), 0.5)
     scale = truth.value.abs().max().item() or 1.0
     step = torch.finfo(plain.value.dtype).eps
     error, own = ((r.value.double() - truth.value).abs().max().item() / scale for r in (got, plain))
     most = MOST_STEPS.get(plain.narrowest, math.inf) * torch.finfo(plain.narrowest).eps
     if own > most and (plain.name == "output" or plain.narrowest == torch.float32):
         raise Refused(f"the original is too inaccurate to judge by: {plain.name} has an error of {own:.1e}")
-    return Measure(plain.name, error if error == error else float("inf"), SLACK * (own + step))
+    return Measure(plain.name, error if error == error else float("inf"), slack * (own + step))
 
 
 def _pool(same: Sequence[Measure]) -> Measure:
@@ -156,6 +161,8 @@ def _pool(same: Sequence[Measure]) -> Measure:
 def _run(module: nn.Module, inputs: list[Tensor], seed: int = 0) -> list[Result]:
     """Outputs, and gradients of the inputs and parameters against a fixed cotangent."""
     torch.manual_seed(seed)
+    if any(True for _ in module.buffers()):
+        module = copy.deepcopy(module)  # what a run changes is none of the next run's business
     leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in inputs]
     outputs = module.forward(*leaves)
     outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
@@ -163,10 +170,12 @@ def _run(module: nn.Module, inputs: list[Tensor], seed: int = 0) -> list[Result]
     named += [(f"gradient of {name}", p) for name, p in module.named_parameters()]
     generator = torch.Generator().manual_seed(2)
     # Multiples of 1/64 below 2: the same values in every dtype.
-    cotangents = [(torch.randint(-127, 128, y.shape, generator=generator) / 64).to(y) for y in outputs]
-    gradients = torch.autograd.grad(outputs, [t for _, t in named], cotangents, allow_unused=True)
+    differentiable = [y for y in outputs if y.requires_grad]
+    cotangents = [(torch.randint(-127, 128, y.shape, generator=generator) / 64).to(y) for y in differentiable]
+    gradients = torch.autograd.grad(differentiable, [t for _, t in named], cotangents, allow_unused=True)
     narrowest = max((t.dtype for _, t in named), key=lambda dtype: torch.finfo(dtype).eps)
     results = [Result("output", y.detach(), narrowest) for y in outputs]
+    results += [Result(f"{name}, afterwards", b, narrowest) for name, b in module.named_buffers() if b.numel()]
     for (name, leaf), gradient in zip(named, gradients, strict=True):
         results.append(Result(name, torch.zeros_like(leaf) if gradient is None else gradient, narrowest))
     return results

@@ -1,0 +1,117 @@
+"""An independent count of the joints of a model: by class names and by what the source of a forward says.
+
+It shares no code with ``fuse``, which goes by structure and numbers; so each can find what the other misses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Expected(NamedTuple):
+    """A joint that the count expects at the module of this path."""
+
+    kind: str
+    path: str
+    was: str
+
+
+_NORM = re.compile(r"(rms|layer|simple|qk|ada)?_?norm(2d|1d|3d|nogain|fp32|withbias)?$|layernorm|rmsnorm|^norm")
+_NO_NORM = re.compile(r"batch|group|instance|response|weight|spectral|gated|norm_?act|l2|^nonorm")
+_ACTIVATION = (
+    r"(?:self\.\w*(?:act|gelu|silu|swish)\w*|ACT2FN\[[^\]]*\]|(?:F|nn\.functional|torch)\.(?:silu|gelu|relu|sigmoid))"
+)
+_GATED = re.compile(rf"{_ACTIVATION}\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\s*\*(?!\*)|[\w)\]]\s*\*\s*{_ACTIVATION}\(")
+_ROTARY = re.compile(r"\b\w*(?:apply_rot|rotary_pos|apply_rope|rotary_emb)\w*\(\s*\w*(?:q|k|x|query|key)\w*\s*[,)]")
+
+
+def expected_joints(model: nn.Module) -> list[Expected]:
+    """Every joint by the names and the source of its module's class."""
+    found = []
+    for path, module in model.named_modules():
+        found += [Expected(kind, path, type(module).__name__) for kind in _kinds(module)]
+        found += [Expected(kind, _join(path, name), was) for kind, name, was in _in_sequence(module)]
+    return found
+
+
+def _kinds(module: nn.Module) -> Iterator[str]:
+    name, source = type(module).__name__.lower(), _source(type(module))
+    if _is_norm(module, name):
+        yield "norm"
+    linear = sum(hasattr(child, "in_features") for child in module.children())
+    stacked = sum(p.dim() == 3 for p in module.parameters(recurse=False))
+    if (linear >= 2 or stacked >= 2) and _GATED.search(source):
+        yield "gated mlp"
+    if _ROTARY.search(source):
+        yield "rope"
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and _own_activation(module):
+        yield "batch norm and activation"
+    if isinstance(module, nn.GroupNorm) and _own_activation(module):
+        yield "group norm and activation"
+
+
+def _is_norm(module: nn.Module, name: str) -> bool:
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return not _own_activation(module)
+    leaf = not any(True for _ in module.children()) and not any(True for _ in module.buffers())
+    return leaf and bool(_NORM.search(name)) and not _NO_NORM.search(name)
+
+
+def _own_activation(module: nn.Module) -> bool:
+    act = getattr(module, "act", None)
+    return isinstance(act, nn.Module) and not isinstance(act, nn.Identity)
+
+
+def _in_sequence(module: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """Norms that an activation follows: in an nn.Sequential, or by the words of a forward."""
+    kinds = {nn.modules.batchnorm._BatchNorm: "batch norm and activation", nn.GroupNorm: "group norm and activation"}
+    children = dict(module.named_children())
+    follows: set[str] = set()
+    if isinstance(module, nn.Sequential):
+        follows = {a for (a, _), (_, act) in itertools.pairwise(children.items()) if _activation(act)}
+    else:
+        source = _source(type(module))
+        for name in children:
+            word = re.escape(f"self.{name}(")
+            direct = rf"{_ACTIVATION}\(\s*{word}"
+            then = (
+                rf"(\w+) = {word}[^\n]*\n\s*\1 = (?:self\.\w*(?:relu|act|silu|gelu)\w*|F\.\w*(?:relu|silu|gelu)\w*)\(\1"
+            )
+            if re.search(f"{direct}|{then}", source):
+                follows.add(name)
+    for name in follows:
+        for base, kind in kinds.items():
+            if isinstance(children[name], base) and not _own_activation(children[name]):
+                yield kind, name, type(children[name]).__name__
+
+
+def _activation(module: nn.Module) -> bool:
+    return type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, nn.MultiheadAttention)
+
+
+def _source(cls: type) -> str:
+    """Of the forward, and of what a class calls like it."""
+    return _cached_source(cls)
+
+
+@functools.cache
+def _cached_source(cls: type) -> str:
+    found: dict[str, str] = {}
+    for base in cls.__mro__:
+        for name, value in vars(base).items():
+            if "forward" in name and name not in found and not base.__module__.startswith("torch.nn."):
+                with contextlib.suppress(OSError, TypeError):
+                    found[name] = inspect.getsource(inspect.unwrap(value))
+    return "\n".join(found.values())
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

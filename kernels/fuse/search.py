@@ -1,0 +1,163 @@
+"""What joints there are at a module: every kind is tried, and verified once for all modules alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .channel_norms import ChannelNorm
+from .gated_mlp import GatedMLP
+from .heads import OutputHead
+from .joint import Joint, fusion
+from .losses import CausalLoss, CrossEntropy, SoftmaxModule
+from .norms import Norm
+from .rewritten import examine, sites
+from .rotary import Rotary
+from .sample import Refused, Sample
+from .sites import Site
+from .verify import Check, verify
+
+JOINTS: tuple[type[Joint], ...] = (
+    Norm,
+    ChannelNorm,
+    GatedMLP,
+    Rotary,
+    CrossEntropy,
+    SoftmaxModule,
+    CausalLoss,
+    OutputHead,
+)
+
+_PACKAGE = __name__.removesuffix(".fuse.search")
+
+
+class Outcome(NamedTuple):
+    """What examining one kind of module gave: a joint with its note and check, or a reason to leave it, or neither."""
+
+    joint: Joint | None
+    reason: str = ""
+    check: Check | None = None
+
+
+class Found(NamedTuple):
+    """A joint at a module: what becomes of it, and why; ``part`` is the child that it is about."""
+
+    status: str
+    operator: str
+    reason: str = ""
+    check: Check | None = None
+    joint: Joint | Site | None = None
+    part: str = ""
+
+
+class Search:
+    """What is known of the joints of one model; each kind of joint is examined once."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.candidates = {joint_type: joint_type.candidates(root) for joint_type in JOINTS}
+        self.known: dict[Hashable, Outcome] = {}
+        self.checked: dict[Hashable, Check | str] = {}
+
+    def joints(self, module: nn.Module) -> list[Found]:
+        """The joints at ``module``: one that it is as a whole, or those in its source."""
+        made = fusion(module)
+        if made is not None:
+            return [Found("already fused", operator, part=part) for operator, part in made.joint.parts()]
+        if type(module).__module__.startswith(_PACKAGE + ".ops."):
+            return [Found("already fused", "", "a braze module")]
+        whole = self._as_a_whole(module)
+        if whole is None:
+            return self._inside(module)
+        if whole.joint is None:
+            inside = [] if _barrier(module) else self._inside(module)
+            return inside if any(found.joint is not None for found in inside) else [whole, *inside]
+        if not isinstance(whole.joint, Rotary):
+            return [whole]
+        # The helper that is replaced as a whole holds what would be sites otherwise.
+        return [whole, *(found for found in self._inside(module) if found.operator != whole.operator)]
+
+    def _as_a_whole(self, module: nn.Module) -> Found | None:
+        left = None
+        for joint_type in JOINTS:
+            if id(module) not in self.candidates[joint_type]:
+                continue
+            barrier = _barrier(module)
+            if barrier:
+                if _named_like(module, joint_type):
+                    return Found("left", "", barrier)
+                continue
+            key = joint_type, joint_type.key(module)
+            if key not in self.known:
+                self.known[key] = _examine(joint_type, module, self.root)
+            outcome = self.known[key]
+            if outcome.joint is not None:
+                return Found("fused", outcome.joint.operator, outcome.reason, outcome.check, outcome.joint)
+            if outcome.reason:
+                left = Found("left", "", outcome.reason)
+        return left
+
+    def _inside(self, module: nn.Module) -> list[Found]:
+        # What a Hugging Face model records is decided by the classes of its inner models.
+        if hasattr(module, "from_pretrained") or _barrier(module, own=True):
+            return []
+        found = []
+        for site in sites(module):
+            verdict = examine(site, module, self.root, self.checked)
+            if isinstance(verdict, str):
+                found.append(Found("left", "", verdict, part=site.part))
+            else:
+                found.append(Found("fused", site.operator, "", verdict, site, site.part))
+        return found
+
+
+def _examine(joint_type: type[Joint], module: nn.Module, root: nn.Module) -> Outcome:
+    outcome = Outcome(None)
+    for sizes in joint_type.sizes(module):
+        outcome = _attempt(joint_type, module, root, sizes)
+        if outcome.joint is not None:
+            break
+    return outcome
+
+
+def _attempt(joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes: dict[int, int] | None) -> Outcome:
+    joint = None
+    try:
+        sample = Sample(module, root, sizes)
+        joint = joint_type.recognise(sample)
+        if joint is None:
+            return Outcome(None, "it computes something else" if _named_like(module, joint_type) else "")
+        original, fused = joint.trial(sample)
+        check = verify(original, fused, functools.partial(joint.draws, sample), sample.dtype, joint.exact, joint.slack)
+        return Outcome(joint, joint.note, check)
+    except Refused as refused:
+        close = joint is not None or _named_like(module, joint_type)
+        return Outcome(None, str(refused) if close else "")
+
+
+def _barrier(module: nn.Module, own: bool = False) -> str:
+    """Why this module must not be touched, or nothing. Its ``own`` parameters alone may count."""
+    if "forward" in vars(module):
+        return "the instance has a forward of its own"
+    if parametrize.is_parametrized(module):
+        return "it is parametrized"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is scripted"
+    if type(module).__reduce__ is not object.__reduce__ or type(module).__reduce_ex__ is not object.__reduce_ex__:
+        return "its class pickles itself in a way of its own"
+    for name, parameter in module.named_parameters(recurse=not own):
+        if type(parameter) is not nn.Parameter and type(parameter).__name__ != "DTensor":
+            return f"{name} is a {type(parameter).__name__}"
+        if not parameter.is_floating_point():
+            return f"{name} is {parameter.dtype}"
+    return ""
+
+
+def _named_like(module: nn.Module, joint_type: type[Joint]) -> bool:
+    """Only for the report: whether a user would expect to read why this module was left."""
+    return joint_type is not Norm or any(Norm.hint in base.__name__.lower() for base in type(module).__mro__)
