@@ -111,7 +111,7 @@ def _compile_exactly(
         given = iter(present)
         return function(*(t if t is None else next(given) for t in tensors), **options)
 
-    present = [t for t in tensors if t is not None]
+    present: list[Any] = [t for t in tensors if t is not None]
     code = torch._inductor.compile(make_fx(call, tracing_mode="fake")(*present), present)
 
     def run(*arguments: Tensor | None) -> Any:

@@ -169,8 +169,8 @@ def _with_statistics(
     them first.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    affine = (None if t is None else t.to(wide.dtype) for t in (weight, bias))
-    z, mean, rstd = torch.native_group_norm(wide, *affine, *_sizes(x), num_groups, eps)
+    wide_weight, wide_bias = (None if t is None else t.to(wide.dtype) for t in (weight, bias))
+    z, mean, rstd = torch.native_group_norm(wide, wide_weight, wide_bias, *_sizes(x), num_groups, eps)
     ones = wide.new_ones(x.shape[1] // num_groups)
     scale, shift = (torch.outer(t.flatten(), ones).view(x.shape[:2]) for t in (rstd, -mean * rstd))
     if weight is not None:

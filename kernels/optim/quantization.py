@@ -49,7 +49,8 @@ def blocks(elements: int) -> int:
 
 def quantize(x: Tensor, dtype: torch.dtype, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes of ``dtype`` (int8 has a sign, uint8 none) and scales of float32 x [N]; ``draws`` are 16 random bits."""
-    parts = [_quantize(own, dtype, own_draws) for own, own_draws in zip(_in_blocks(x), _in_blocks(draws), strict=False)]
+    own_draws = (None, None) if draws is None else _in_blocks(draws)
+    parts = [_quantize(own, dtype, own_draw) for own, own_draw in zip(_in_blocks(x), own_draws, strict=True)]
     codes, scales = zip(*parts, strict=True)
     return torch.cat(codes), torch.cat(scales)
 
@@ -93,15 +94,13 @@ def _fourth_power(u: Tensor) -> Tensor:
     return square * square
 
 
-def _in_blocks(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The whole blocks [N // BLOCK, BLOCK], and what is left as one [1, N % BLOCK].
+def _in_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole blocks [N // BLOCK, BLOCK], and what is left as one [1, N % BLOCK], or as none.
 
     Padded to whole blocks, the last one came out wrong of torch 2.15's compiler where sizes are constants.
     """
-    if x is None:
-        return None, None
     whole = len(x) // BLOCK * BLOCK
-    return x[:whole].view(-1, BLOCK), x[whole:][None]
+    return x[:whole].view(-1, BLOCK), x[whole:].view(-1, max(1, len(x) - whole))
 
 
 def flat(t: Tensor) -> Tensor:
