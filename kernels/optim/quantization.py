@@ -49,9 +49,14 @@ def blocks(elements: int) -> int:
 
 def quantize(x: Tensor, dtype: torch.dtype, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes of ``dtype`` (int8 has a sign, uint8 none) and scales of float32 x [N]; ``draws`` are 16 random bits."""
-    own = _in_blocks(x)
-    magnitude = own.abs()
-    scale = torch.where(own.isfinite(), magnitude, torch.inf).amax(1)
+    draws_in_blocks = [None, None] if draws is None else _in_blocks(draws)
+    found = [_quantize(own, dtype, bits) for own, bits in zip(_in_blocks(x), draws_in_blocks, strict=False)]
+    return torch.cat([code.flatten() for code, _ in found]), torch.cat([scale for _, scale in found])
+
+
+def _quantize(x: Tensor, dtype: torch.dtype, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+    magnitude = x.abs()
+    scale = torch.where(x.isfinite(), magnitude, torch.inf).amax(1)
     usable = (scale > 0) & scale.isfinite()
     part = torch.where(usable[:, None], magnitude / scale[:, None], 0.0)
     last = torch.iinfo(dtype).max
@@ -61,21 +66,22 @@ def quantize(x: Tensor, dtype: torch.dtype, draws: Tensor | None = None) -> tupl
     else:
         code = place.floor().clamp(max=last - 1.0)
         low, high = (_fourth_power((code + up) * (1.0 / last)) for up in (0.0, 1.0))
-        code = code + (_in_blocks(draws.float()) * 2.0**-16 * (high - low) < part - low)
-    if dtype == torch.uint8:
-        code = torch.where(part > 0, code.clamp(min=1.0), code)
-    else:
-        code = torch.where(own < 0, -code, code)
-    return code.flatten()[: len(x)].to(dtype), scale
+        code = code + (draws.float() * 2.0**-16 * (high - low) < part - low)
+    code = torch.where(x < 0, -code, code) if dtype == torch.int8 else torch.where(part > 0, code.clamp(min=1.0), code)
+    return code.to(dtype), scale
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """Float32 [N] of codes [N]; there may be more scales than blocks."""
-    own = _in_blocks(codes.float()) * (1.0 / torch.iinfo(codes.dtype).max)
-    found = _fourth_power(own)
-    if codes.dtype == torch.int8:
-        found = torch.where(own < 0, -found, found)
-    return (found * scale[: len(own), None]).flatten()[: len(codes)]
+    found = []
+    for own in _in_blocks(codes):
+        u = own.float() * (1.0 / torch.iinfo(codes.dtype).max)
+        x = _fourth_power(u)
+        if codes.dtype == torch.int8:
+            x = torch.where(u < 0, -x, x)
+        found.append((x * scale[: len(x), None]).flatten())
+        scale = scale[len(x) :]
+    return torch.cat(found)
 
 
 def _fourth_power(u: Tensor) -> Tensor:
@@ -83,8 +89,10 @@ def _fourth_power(u: Tensor) -> Tensor:
     return square * square
 
 
-def _in_blocks(x: Tensor) -> Tensor:
-    return torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
+def _in_blocks(x: Tensor) -> list[Tensor]:
+    """The whole blocks, and the rest if there is one; not filled up with zeros, where torch 2.15 compiles wrong codes."""
+    whole = len(x) // BLOCK * BLOCK
+    return [x[:whole].view(-1, BLOCK), *([x[whole:].view(1, -1)] if whole < len(x) else [])]
 
 
 def flat(t: Tensor) -> Tensor:
