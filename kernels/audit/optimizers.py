@@ -54,7 +54,6 @@ CASES = {
     "AdamW, bfloat16, stochastic, 8-bit states": Case(
         "adam", 2, ("step", "decoupled", "stochastic"), torch.bfloat16, torch.int8
     ),
-    "AdamW, bfloat16, Kahan, 8-bit states": Case("adam", 2, ("step", "decoupled", "kahan"), torch.bfloat16, torch.int8),
     "Lion, 8-bit states": Case("lion", 1, (), state=torch.int8),
 }  # fmt: skip
 
