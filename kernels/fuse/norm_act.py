@@ -24,7 +24,7 @@ from .sites import Site, Unit, activation, called, child, hooked, module_type, r
 #: What the operators have.
 ACTIVATIONS = ("relu", "silu")
 
-#: On the CPU ATen sums over a channel in float64, which the fused operators are not asked to: they sum in float32.
+#: On the CPU ATen sums over a channel in float64 (its ``acc_type`` there); the fused operators sum in float32.
 SLACK = 4.0
 
 _OPTIONS = ("eps", "momentum", "affine", "track_running_stats")
