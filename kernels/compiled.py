@@ -17,9 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch._inductor
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from .autograd import Gradients, fused, vjp
 
@@ -106,6 +104,8 @@ def _compile_exactly(
     function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]
 ) -> Callable[..., Any]:
     """Code for these shapes and strides, called without Dynamo, whose guards would ask again what the key answers."""
+    import torch._inductor
+    from torch.fx.experimental.proxy_tensor import make_fx  # here: it imports Triton
 
     def call(*present: Tensor) -> Any:
         given = iter(present)

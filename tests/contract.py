@@ -267,7 +267,8 @@ def _reference_runs(
 
     Without the cotangents the gradient of a bias, which is a sum of them, would have the same error each time.
     """
-    cotangents = [c * scale for c in cotangents]
+    if scale != 1.0:
+        cotangents = [c * scale for c in cotangents]  # no longer in the drawn layout
     plain_call = _map(call, lambda t: (t.detach() * scale).requires_grad_(t.requires_grad) if t.requires_grad else t)
     with _reference_runs_with() as options:
         plain = derive(*_run(case.op.fn, plain_call), cotangents)

@@ -29,9 +29,7 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = {
-    "wrong derivative": Mutant(
-        "rms_norm", "norm", "out = g - normed * (tl.sum(g * normed, 1) / D)[:, None]", "out = g + 0.0"
-    ),
+    "wrong derivative": Mutant("rms_norm", "norm", "out = g - normed * mean_gn[:, None]", "out = g + 0.0"),
     "wrong derivative of the weight": Mutant("layer_norm", "norm", "dw += g * normed", "dw += g"),
     "missing mask on the load": Mutant(
         "layer_norm",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from hypothesis import settings
 from packaging.version import Version
 
 from braze.kernels.audit.cases import audited_operators
@@ -48,9 +49,18 @@ each_pass = pytest.mark.parametrize(
 )
 
 
+def targets(op: str) -> set[str]:
+    """Machine code takes most of the suite's time: the short profile makes it for one target in turn besides sm_90."""
+    if settings.get_current_profile_name() == "deep":
+        return set(TARGETS)
+    others = [target for target in TARGETS if target != "sm_90"]
+    place = [str(audited) for audited in audited_operators()].index(op)
+    return {"sm_90", others[place % len(others)]}
+
+
 @cache
 def audited(what: Literal["traffic", "code"], op: str) -> list[dict[str, Any]]:
-    return audit(what, quick=True, ops=[op])
+    return audit(what, quick=True, ops=[op], targets=sorted(targets(op)) if what == "code" else ())
 
 
 def records(what: Literal["traffic", "code"], op: Op, which: str) -> list[dict[str, Any]]:
@@ -76,9 +86,9 @@ def test_stated_reasons_are_needed(op):
 
 
 @each_pass
-def test_no_register_spills_on_any_target(op, which):
+def test_no_register_spills(op, which):
     found = records("code", op, which)
-    assert {r["target"] for r in found} == set(TARGETS)
+    assert {r["target"] for r in found} == targets(op.name)
     assert [r for r in found if r["spills"]] == []
 
 
@@ -89,7 +99,7 @@ def test_memory_is_accessed_128_bits_at_a_time(op, which):
     reductions = {r["variant"] for r in traffic if r["bytes_written"] <= r["bytes"] / 20}
     plain = traffic[0]["variant"]
     code = records("code", op, which)
-    for target in {"sm_90", "gfx942"} - {target for name, target in NARROW if name == op.name}:
+    for target in targets(op.name) & {"sm_90", "gfx942"} - {target for name, target in NARROW if name == op.name}:
         calls: dict[str, list[dict[str, Any]]] = {}
         for record in code:
             if record["target"] == target and record["widest_load"] is not None:
