@@ -90,7 +90,7 @@ def _fourth_power(u: Tensor) -> Tensor:
 
 
 def _in_blocks(x: Tensor) -> list[Tensor]:
-    """The whole blocks, and the rest if there is one; not filled up with zeros, where torch 2.15 compiles wrong codes."""
+    """The whole blocks, and the rest if there is one. Filled up with zeros, torch 2.15 compiles it wrong."""
     whole = len(x) // BLOCK * BLOCK
     return [x[:whole].view(-1, BLOCK), *([x[whole:].view(1, -1)] if whole < len(x) else [])]
 
