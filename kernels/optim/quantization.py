@@ -94,8 +94,11 @@ def _fourth_power(u: Tensor) -> Tensor:
     return square * square
 
 
-def _in_blocks(x: Tensor) -> list[Tensor]:
-    """The whole blocks, and the rest if there is one. Filled up with zeros, torch 2.15 compiles it wrong."""
+def _in_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole blocks [N // BLOCK, BLOCK], and what is left as one [1, N % BLOCK], or as none.
+
+    Padded to whole blocks, the last one came out wrong of torch 2.15's compiler where sizes are constants.
+    """
     whole = len(x) // BLOCK * BLOCK
     return x[:whole].view(-1, BLOCK), x[whole:].view(-1, max(1, len(x) - whole))
 
