@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import records
+from . import records, tables
 from .audit_child import ChildDied, audited, bare_steps, in_child
 from .audit_models import MODELS, QUICK, SIDE, SIDES
 from .records import Record
@@ -41,7 +40,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     path: Path | None = arguments.json
     found = {} if path is None or arguments.fresh else kept(path)
     columns = (TextColumn("{task.description:44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console()
+    console = tables.console()
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=len(models))
         for model in models:
@@ -52,8 +51,6 @@ def run(arguments: argparse.Namespace) -> list[Record]:
                     records.write(path, "audit", list(found.values()))
             bar.advance(task)
     shown = [found[model] for model in models]
-    if not console.is_terminal:
-        console.width = 170
     for table in (_models(shown), _totals(shown)):
         console.print(table)
     return list(found.values())

@@ -11,14 +11,13 @@ import copy
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
 from braze.layouts import channels_last, specifier
 
-from . import timing
+from . import tables, timing
 from .records import Record
 
 MODELS = ("torchvision:resnet50", "torchvision:mobilenet_v3_large", "torchvision:resnext50_32x4d")
@@ -86,11 +85,8 @@ def _show(found: list[Record]) -> None:
     for record in found:
         times = ("-", record["status"])
         if record["status"] == "ok":
-            interval = f"{record['ratio']:.2f} ({record['ratio_low']:.2f} … {record['ratio_high']:.2f})"
+            interval = tables.ratio(record)
             times = (f"{record['median_s'] * 1e3:.0f}", interval)
         converted = f"{record['converted']} of {record['convolutions']}; {record['check']}"
         table.add_row(record["model"], str(record["shape"]), record["provider"], *times, converted)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 170
-    console.print(table)
+    tables.console().print(table)

@@ -11,7 +11,6 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -19,6 +18,7 @@ from braze.kernels.audit.cases import audited_operators
 from braze.kernels.audit.child import audit
 from braze.kernels.audit.machine_code import TARGETS
 
+from . import tables
 from .records import Record
 
 #: Above this ratio a reason must stand beside the operator.
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> list[Record]:
     """Audit, print the tables, and return one record for each pass (traffic) and each kernel and target (code)."""
     columns = (TextColumn("{task.description:13}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console()
+    console = tables.console()
     with Progress(*columns, console=console) as bar:
         whats: tuple[Literal["traffic", "code"], ...] = ("traffic", "code")
         records = [
@@ -52,8 +52,6 @@ def run(arguments: argparse.Namespace) -> list[Record]:
                 progress=_onto(bar, label),
             )
         ]
-    if not console.is_terminal:
-        console.width = 170
     console.print(_kernels(records))
     console.print(_reasons(records))
     return [{**record, "shape": _shape(record["shape"])} for record in records]

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from timm.data.loader import fast_collate
@@ -25,7 +24,7 @@ from torchvision.transforms import v2
 from braze.kernels import image_normalize
 from braze.layouts import SlabCollate
 
-from . import timing
+from . import tables, timing
 from .records import Record
 
 BASELINE = "braze"
@@ -251,11 +250,8 @@ def show(records: list[Record]) -> None:
             record["provider"],
             f"{record['bytes'] / 2**20:.3g}",
             f"{record['median_s'] * 1e3:.3g}",
-            "" if ours else f"{record['ratio']:.2f} ({record['ratio_low']:.2f} … {record['ratio_high']:.2f})",
+            "" if ours else tables.ratio(record),
             "no gain" if not ours and record["ratio_low"] <= 1.0 else "",
             end_section=ours,
         )
-    console = Console()
-    if not console.is_terminal:
-        console.width = 150
-    console.print(table)
+    tables.console().print(table)

@@ -13,14 +13,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
 from braze.kernels import linear_cross_entropy
 
-from . import memory, timing
+from . import memory, tables, timing
 from .records import Record
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -127,10 +126,7 @@ def show(records: list[Record]) -> None:
             f"{record['peak_bytes'] / 2**20:.0f}",
             f"{record['peak_of_eager']:.3f}",
             f"{record['median_s']:.2f}",
-            f"{record['ratio']:.2f} ({record['ratio_low']:.2f} … {record['ratio_high']:.2f})",
+            tables.ratio(record),
             f"{record['gradients_apart']:.1e}",
         )
-    console = Console()
-    if not console.is_terminal:
-        console.width = 150
-    console.print(table)
+    tables.console().print(table)

@@ -209,8 +209,8 @@ def _implementation(case: Case, call: Call, provider: str) -> str:
         return {"aten": "eager", "compiled": "torch.compile of the eager form", "copy": "Tensor.copy_"}[provider]
     chosen = []
 
-    def choose(*arguments: Any, **options: Any) -> dispatch.Choice:
-        chosen.append(before(*arguments, **options))
+    def choose(*arguments: Any) -> dispatch.Choice:
+        chosen.append(before(*arguments))
         return chosen[-1]
 
     before, dispatch.choose = dispatch.choose, choose

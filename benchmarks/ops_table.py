@@ -6,21 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from . import tables
 
 Record = dict[str, Any]
 PROVIDERS = ("aten", "compiled", "braze")
 SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
-#: Wide enough for a table row on one line, where there is no terminal to ask.
-FILE_WIDTH = 190
 
 
-def show(records: Sequence[Record], console: Console | None = None) -> None:
+def show(records: Sequence[Record]) -> None:
     """Print one row for each operator, shape, dtype and pass; the geometric means; what is over budget or absent."""
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console = tables.console()
     rows: dict[tuple[str, ...], dict[str, Record]] = {}
     for record in records:
         if record["benchmark"] == "ops":

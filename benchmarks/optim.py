@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
@@ -20,7 +19,7 @@ from torch import nn
 from braze.kernels import optim
 from braze.kernels.audit.child import audit_others
 
-from . import timing
+from . import tables, timing
 from .records import Record
 
 BASELINE = "braze"
@@ -134,7 +133,7 @@ def show(records: list[Record]) -> None:
             record["op"],
             record["provider"],
             f"{record['median_s'] * 1e3:.1f}",
-            f"{record['ratio']:.2f} ({record['ratio_low']:.2f} … {record['ratio_high']:.2f})",
+            tables.ratio(record),
         )
     _print(table)
 
@@ -159,7 +158,4 @@ def show_audit(records: list[Record]) -> None:
 
 
 def _print(table: Table) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = 150
-    console.print(table)
+    tables.console().print(table)

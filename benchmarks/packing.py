@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
@@ -24,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from braze.layouts import PackCollate, first_fit_decreasing
 
-from . import data
+from . import data, tables
 from .records import Record
 from .tasks import TASKS
 from .timing import Samples
@@ -49,9 +48,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     batches = _batches(steps)
     ways = {"padded": _Training(_padded), "packed": _Training(_packed)}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console()
-    if not console.is_terminal:
-        console.width = 150
+    console = tables.console()
     with Progress(*columns, console=console) as progress:
         for step, documents in enumerate(progress.track(batches, description="steps")):
             for way in sorted(ways) if step % 2 else sorted(ways, reverse=True):
@@ -155,7 +152,7 @@ def _table(records: list[Record]) -> Table:
             r["provider"],
             f"{r['tokens_computed'] / r['tokens']:.2f} × real",  # noqa: RUF001 (the multiplication sign is meant)
             f"{r['median_s'] * 1e3:.0f}",
-            f"{r['ratio']:.3f} ({r['ratio_low']:.3f} … {r['ratio_high']:.3f})",
+            tables.ratio(r),
             f"{r['train_loss']:.4f}",
             f"{r['worst_difference_of_loss']:.1e} off",
         )

@@ -50,8 +50,7 @@ def main() -> None:
         print(json.dumps(report.as_dicts(), indent=1) if arguments.json else report)
         return
     print(f"braze {importlib.metadata.version('braze')}, torch {torch.__version__}, {_gpu()}")
-    print(f"Large tensors in eager mode; on the CPU, under {dispatch.SMALLEST_COMPILED} elements all run eager,")
-    print(f"and so do plain calls in float32 of {', '.join(op.name for op in OPS if op.plain_on_cpu)}: ATen has them.")
+    print(f"Large tensors in eager mode; on the CPU, under {dispatch.SMALLEST_COMPILED} elements all run eager.")
     print("Inside torch.compile and torch.export every operator is its plain reference, for the compiler to fuse.\n")
     lines = [HEADER, *rows()]
     widths = [max(len(row[column]) for row in lines) for column in range(len(HEADER))]

@@ -11,8 +11,7 @@ under a tracer, a dispatch mode,
 a tensor subclass, or one that is not
 plain memory (sparse, nested, negated)    the plain reference, which they can see into
 CUDA, ROCm, XPU tensor                    Triton
-CPU tensor                                the compiled form; the plain reference under ``SMALLEST_COMPILED``, and where
-                                          ``Op.plain_on_cpu``
+CPU tensor                                the compiled form; the plain reference under ``SMALLEST_COMPILED``
 anything else, or a missing part          the plain reference; one warning says what is missing
 ``use_backend(...)``, ``BRAZE_BACKEND``   what was asked for, or an error
 ========================================  ==========================================================================
@@ -97,7 +96,7 @@ def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
     if sharded:
         signature = op.axes if isinstance(op.axes, str) else op.axes(*tensors, **options)
         return sharding.run(op.name, functools.partial(run, op, **options), signature, tensors)
-    backend = choose(op, tensors, **options).backend
+    backend = choose(op, tensors).backend
     function = implementation(op, backend)
     index = first.device.index if backend == "triton" else None
     if index is not None and index != torch.accelerator.current_device_index():
@@ -106,8 +105,8 @@ def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
     return function(*tensors, **options)
 
 
-def choose(op: Dispatched, tensors: tuple[Tensor | None, ...], **options: Any) -> Choice:
-    """The implementation that ``op`` runs for ``tensors`` and options in eager mode, and why.
+def choose(op: Dispatched, tensors: tuple[Tensor | None, ...]) -> Choice:
+    """The implementation that ``op`` runs for ``tensors`` in eager mode, and why.
 
     Raises:
         RuntimeError: if a backend was asked for that cannot run here.
@@ -124,11 +123,7 @@ def choose(op: Dispatched, tensors: tuple[Tensor | None, ...], **options: Any) -
             "move them, e.g. t.to(x.device)"
         )
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in present) else present[0].dtype
-    choice = preferred(op, device.type, dtype, max(t.numel() for t in present))
-    plain = op.plain_on_cpu if isinstance(op, Op) else None
-    if choice.backend == "compile" and not asked() and plain is not None and plain(*tensors, **options):
-        return Choice("eager", "a kernel of ATen's own, faster than compiled code")
-    return choice
+    return preferred(op, device.type, dtype, max(t.numel() for t in present))
 
 
 def asked() -> str | None:

@@ -171,9 +171,6 @@ class Op:
     excess: Mapping[tuple[str, str], Excess] = field(default_factory=dict)
     #: What ``torch.compile`` traces in place of ``reference``: for what its compiler would not find by itself.
     traced: Callable[..., Any] | None = None
-    #: Of the tensors and options of a call, whether the CPU runs ``reference``: where that is no more than a kernel of
-    #: ATen's own, which was measured to be faster than compiled code.
-    plain_on_cpu: Callable[..., bool] | None = None
     #: Named option sets for ``inputs``: one for each branch of the kernels worth its own test.
     variants: Mapping[str, Options] = field(default_factory=lambda: {"default": {}})
     #: Whether the ATen counterpart draws random numbers of its own, so that its results cannot be judged.

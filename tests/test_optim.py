@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from braze.kernels import optim, use_backend
 from braze.kernels.audit.child import audit_others
 
+from .budget import excess
+
 #: None is what the CPU runs by default: PyTorch's own fused kernels.
 BACKENDS = [None, "eager", "compile", "triton"]
 
@@ -67,15 +69,6 @@ def train(
     return [p.detach() for p in params]
 
 
-def assert_within_budget(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
-    """An error of at most twice torch's own, plus one rounding step of the largest entry."""
-    for mine, theirs, truth in zip(ours, plain, exact, strict=True):
-        if truth.numel():
-            step = torch.finfo(mine.dtype).eps * truth.abs().max()
-            budget = 2 * ((theirs.double() - truth).abs().max() + step)
-            assert (mine.double() - truth).abs().max() <= budget
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
@@ -86,7 +79,7 @@ def test_steps_are_those_of_torch(case: str, dtype: torch.dtype, backend: str | 
     plain = train(lambda params: torch_type(params, **arguments, foreach=False), dtype, device)
     with running(backend):
         ours = train(lambda params: our_type(params, **arguments), dtype, device)
-    assert_within_budget(ours, plain, exact)
+    assert excess(ours, plain, exact) <= 1
 
 
 def test_float64_is_not_narrowed(device: str) -> None:

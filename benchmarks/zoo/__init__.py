@@ -15,11 +15,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .. import records
+from .. import records, tables
 from ..records import Record
 from .models import names
 
@@ -38,7 +37,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     wanted = [name for name in names() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     done = _kept(arguments.json) if arguments.resume else {}
     columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console()
+    console = tables.console()
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("zoo", total=len(wanted), completed=sum(name in done for name in wanted))
         for record in _measured(name for name in wanted if name not in done):
@@ -47,8 +46,6 @@ def run(arguments: argparse.Namespace) -> list[Record]:
                 records.write(arguments.json, "zoo", list(done.values()))
             bar.update(task, advance=1, description=record["model"])
     found = [done[name] for name in names() if name in done]
-    if not console.is_terminal:
-        console.width = 190
     for table in (_models(found), _totals(found), _misses(found)):
         console.print(table)
     return found

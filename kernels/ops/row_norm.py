@@ -88,29 +88,17 @@ def compiled(*tensors: Tensor | None, **options: Any) -> Any:
 
 def _compiled_forward(x: Tensor, residual: Tensor | None, *others: Tensor | None, **options: Any) -> Any:
     weight, bias, gate, seed = others
-    if _is_atens(x, residual, *others, center=options["center"]):
+    operands = [t for t in (x, residual, weight, bias) if t is not None]
+    affine = all(t is None or t.dim() == 1 for t in (weight, bias))  # one row for all, as ATen takes it
+    alone = options["center"] and affine and gate is None and seed is None
+    if alone and all(t.dtype == torch.float32 for t in operands):
+        # ATen's kernel reads a row once for both its moments; in other dtypes compiled code is faster.
         h = x if residual is None else x + residual
         y, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], weight, bias, options["eps"])
     else:
         y, h, mean, rstd = compiled_call(_forward, (x, residual, *others), options)
     saved = (x if residual is None else h, weight, bias, mean, rstd, None if gate is None else x, gate, seed)
     return (y if residual is None else (y, h)), saved
-
-
-def _is_atens(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    seed: Tensor | None,
-    *,
-    center: bool,
-) -> bool:
-    """Whether ATen's kernel does it, and faster: it reads a row once for both its moments."""
-    given = [t for t in (x, residual, weight, bias) if t is not None]
-    shared = all(t is None or t.dim() == 1 for t in (weight, bias))
-    return center and shared and gate is None and seed is None and all(t.dtype == torch.float32 for t in given)
 
 
 def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:

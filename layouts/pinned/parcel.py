@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .slab import Arena, Lease, Slab, SlabPool, tensor_at
+from .slab import Arena, Lease, Slab, SlabPool, dense_strides, tensor_at
 
 #: Where a tensor lies: byte offset, size, stride, dtype.
 Place = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -102,8 +102,7 @@ class _Packer(ForkingPickler):
     def _place(self, tensor: Tensor) -> Place | None:
         offset = self._arena.offset_of(tensor)
         if offset is None:
-            dense = torch.empty_like(tensor, device="meta").stride()
-            taken = self._arena.take(tensor.shape, dense, tensor.dtype)
+            taken = self._arena.take(tensor.shape, dense_strides(tensor), tensor.dtype)
             if taken is None:
                 return None
             tensor = taken.copy_(tensor)

@@ -160,6 +160,11 @@ def extent(size: Sequence[int], stride: Sequence[int]) -> int:
     return 1 + sum((s - 1) * t for s, t in zip(size, stride, strict=True))
 
 
+def dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of a copy: those of the tensor if its memory has no gaps."""
+    return torch.empty_like(tensor, device="meta").stride()
+
+
 def aligned(nbytes: int) -> int:
     """Rounded up to where the next tensor may start."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

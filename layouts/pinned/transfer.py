@@ -11,7 +11,7 @@ from torch import Tensor
 from .copy_stream import CopyStream, Event
 from .parcel import plain
 from .report import LoaderReport
-from .slab import Arena, SlabPool, aligned, slab_of
+from .slab import Arena, SlabPool, aligned, dense_strides, slab_of
 from .tree import map_leaves, tensors
 
 #: Less than this is copied from pageable memory: the driver takes up to 64 KiB into its own buffer and returns.
@@ -65,7 +65,7 @@ class Transfer:
         for leaf in leaves:
             way, source = ways[id(leaf)], leaf
             if way == "staged":
-                taken = arena.take(leaf.shape, _dense(leaf), leaf.dtype)
+                taken = arena.take(leaf.shape, dense_strides(leaf), leaf.dtype)
                 way, source = ("direct", leaf) if taken is None else ("staged", taken.copy_(leaf))
             self._count(way, leaf.nbytes)
             found.append((leaf, source))
@@ -83,7 +83,7 @@ class Transfer:
         self._report.nbytes[way] += nbytes
 
     def _way(self, leaf: Tensor) -> str:
-        if leaf.stride() == _dense(leaf):
+        if leaf.stride() == dense_strides(leaf):
             slab = slab_of(leaf)
             if slab is not None and slab.pin(self.stream.pin):
                 return "slab"
@@ -98,8 +98,3 @@ class Transfer:
         if lease is not None and not lease.slab.pin(self.stream.pin):
             lease = None
         return Arena(lease)
-
-
-def _dense(leaf: Tensor) -> tuple[int, ...]:
-    """The strides of a copy: those of the tensor if its memory has no gaps."""
-    return torch.empty_like(leaf, device="meta").stride()
