@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from braze.kernels.audit.machine_code import compiled
+from braze.kernels.audit.machine_code import compiled, read
 from braze.kernels.audit.traffic import metered
 
 
@@ -61,12 +61,12 @@ def traffic() -> dict[str, dict[str, int]]:
 def code() -> dict[str, dict[str, dict[str, object]]]:
     x = torch.empty(65_536, device="meta")
     found = {}
-    with compiled() as codes:
+    with compiled() as kernels:
         copy[(1,)](x, x, 65_536, BLOCK=1024, TWICE=False, num_warps=4)
         strided_copy[(1,)](x, x, 65_536, 3, BLOCK=1024, num_warps=4)
         # 65,536 float32 values in 128 threads are 512 registers a thread; no NVIDIA GPU has more than 255.
         hoard[(1,)](x, x, BLOCK=65_536, num_warps=4)
-    for kernel in codes:
+    for kernel in read(kernels):
         found.setdefault(kernel.kernel, {})[kernel.target] = kernel._asdict()
     return found
 

@@ -1,16 +1,20 @@
 """Compiling the launches that an operator makes for GPUs that are not there, and reading the machine code.
 
 A stand-in driver names the target; every launch inside :func:`compiled` is compiled for each target, with the dtypes,
-alignments and constants of its real arguments, and is not run. The assembler and disassembler come with Triton.
+alignments and constants of its real arguments, and is not run; :func:`read` then tells what became of them. The
+assembler and disassembler come with Triton.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +27,15 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_100": ("cuda", 100, 32),  # B200
     "gfx942": ("hip", "gfx942", 64),  # MI300X
 }
+
+
+class Compiled(NamedTuple):
+    """A kernel's machine code for one target: a CUDA object, or AMD's assembly."""
+
+    kernel: str
+    target: str
+    warps: int
+    code: bytes | str
 
 
 class Code(NamedTuple):
@@ -41,12 +54,10 @@ class Code(NamedTuple):
 
 
 @contextmanager
-def compiled(
-    targets: Sequence[str] = tuple(TARGETS), disassembled: Sequence[str] = tuple(TARGETS)
-) -> Iterator[list[Code]]:
+def compiled(targets: Sequence[str] = tuple(TARGETS)) -> Iterator[list[Compiled]]:
     """Compile every Triton launch inside the block for ``targets`` instead of running it.
 
-    Pass tensors on the ``meta`` device: nothing reads them. NVIDIA code that is not ``disassembled`` has no widths.
+    Pass tensors on the ``meta`` device: nothing reads them.
 
     Raises:
         RuntimeError: if Triton was imported with TRITON_INTERPRET=1.
@@ -57,7 +68,7 @@ def compiled(
 
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile; unset it before triton is imported")
-    codes: list[Code] = []
+    kernels: list[Compiled] = []
     stand_in = _StandIn()
     launch = JITFunction.run
 
@@ -65,10 +76,20 @@ def compiled(
         for target in targets:
             stand_in.target = target
             kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-            codes.append(_read(target, kernel, target in disassembled))
+            code = kernel.asm["cubin" if "cubin" in kernel.asm else "amdgcn"]
+            kernels.append(Compiled(kernel.metadata.name, target, kernel.metadata.num_warps, code))
 
     with mock.patch.object(JITFunction, "run", compile_for_all), mock.patch.object(driver, "_active", stand_in):
-        yield codes
+        yield kernels
+
+
+def read(kernels: Sequence[Compiled], disassembled: Sequence[str] = tuple(TARGETS)) -> list[Code]:
+    """What each kernel became. NVIDIA code for a target that is not ``disassembled`` has no widths."""
+    distinct = {k.code: k.target for k in kernels if isinstance(k.code, bytes) and k.target in disassembled}
+    accesses: dict[bytes, _Accesses] = {}
+    for target in set(distinct.values()):
+        accesses |= _nvidia_accesses(target, [code for code, of in distinct.items() if of == target])
+    return [_read(kernel, accesses) for kernel in kernels]
 
 
 class _StandIn:
@@ -92,47 +113,61 @@ class _StandIn:
 _Accesses = dict[str, list[int]]
 
 
-def _read(target: str, kernel: Any, disassembled: bool) -> Code:
+def _read(kernel: Compiled, nvidia: Mapping[bytes, _Accesses]) -> Code:
     accesses: _Accesses | None
-    if "cubin" in kernel.asm:
-        registers, spills = _resources(kernel.asm["cubin"])
-        accesses = _nvidia_accesses(kernel.asm["cubin"]) if disassembled else None
+    if isinstance(kernel.code, bytes):
+        registers, spills = _resources(kernel.code)
+        accesses = nvidia.get(kernel.code)
     else:
-        registers, spills, accesses = _read_amdgcn(kernel.asm["amdgcn"])
+        registers, spills, accesses = _read_amdgcn(kernel.code)
     widest_load = widest_store = wide = None
     if accesses is not None:
         widest_load, widest_store = max(accesses["load"], default=0), max(accesses["store"], default=0)
         widths = accesses["load"] + accesses["store"]
         wide = sum(width for width in widths if width >= 128) / max(sum(widths), 1)
-    name, warps = kernel.metadata.name, kernel.metadata.num_warps
-    return Code(name, target, warps, registers, spills, widest_load, widest_store, wide)
+    return Code(kernel.kernel, kernel.target, kernel.warps, registers, spills, widest_load, widest_store, wide)
 
 
-def _cuobjdump(cubin: bytes, option: str) -> str:
+def _tool(name: str, option: Sequence[str], binary: bytes) -> str:
     from triton.backends import nvidia
 
-    program = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(binary)
         file.flush()
-        return subprocess.run([program, option, file.name], check=True, capture_output=True, text=True).stdout
+        command = [Path(nvidia.__file__).parent / "bin" / name, *option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @functools.cache
 def _resources(cubin: bytes) -> tuple[int, int]:
-    text = _cuobjdump(cubin, "--dump-resource-usage")
+    text = _tool("cuobjdump", ["--dump-resource-usage"], cubin)
     usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
     if usage is None:
         raise RuntimeError(f"cuobjdump named no resource usage; it printed:\n{text[:500]}")
     return int(usage[1]), int(usage[2]) + int(usage[3])
 
 
-@functools.cache
-def _nvidia_accesses(cubin: bytes) -> _Accesses:
-    found: _Accesses = {"load": [], "store": []}
-    for kind, modifiers in re.findall(r"\b(LDG|STG)((?:\.\w+)+)", _cuobjdump(cubin, "--dump-sass")):
-        found["load" if kind == "LDG" else "store"].append(_nvidia_width(modifiers))
+def _nvidia_accesses(target: str, cubins: Sequence[bytes]) -> dict[bytes, _Accesses]:
+    """Those of each kernel. The disassembler takes 0.5 s to start, so it is given all instructions in one file."""
+    programs = [_instructions(cubin) for cubin in cubins]
+    ends = list(itertools.accumulate(map(len, programs)))
+    found: dict[bytes, _Accesses] = {cubin: {"load": [], "store": []} for cubin in cubins}
+    listing = _tool("nvdisasm", ["--binary", f"SM{TARGETS[target][1]}"], b"".join(programs))
+    for place, instruction in re.findall(r"/\*([0-9a-f]+)\*/\s+(.*)", listing):
+        access = re.search(r"\b(LDG|STG)((?:\.\w+)+)", instruction)
+        if access:
+            of = cubins[bisect.bisect_right(ends, int(place, 16))]
+            found[of]["load" if access[1] == "LDG" else "store"].append(_nvidia_width(access[2]))
     return found
+
+
+def _instructions(cubin: bytes) -> bytes:
+    """The code sections of a CUDA object, which is a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + number * size) for number in range(count)]
+    texts = [s for s in sections if cubin.startswith(b".text.", sections[names][4] + s[0])]
+    return b"".join(cubin[offset : offset + length] for *_, offset, length in texts)
 
 
 def _nvidia_width(modifiers: str) -> int:

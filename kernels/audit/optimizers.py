@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..optim import quantization
-from .machine_code import compiled
+from .machine_code import compiled, read
 from .traffic import metered
 
 #: Elements of the parameters that are updated together: one of many tiles, one of a part of a tile.
@@ -99,9 +99,9 @@ def traffic(name: str, case: Case) -> Iterator[dict[str, Any]]:
 
 def code(name: str, case: Case) -> Iterator[dict[str, Any]]:
     """A record for each target."""
-    with compiled() as codes:
+    with compiled() as kernels:
         launches(case, "meta")
-    for kernel in codes:
+    for kernel in read(kernels):
         yield {"case": name, **kernel._asdict()}
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .machine_code import compiled
+from .machine_code import compiled, read
 from .traffic import metered
 
 
@@ -89,9 +89,9 @@ def traffic(case: Case) -> Iterator[dict[str, Any]]:
 def code(case: Case) -> Iterator[dict[str, Any]]:
     """A record for each target."""
     for kernel, run in launches(case, "meta").items():
-        with compiled(disassembled=("sm_90",)) as codes:
+        with compiled() as kernels:
             run()
-        for found in codes:
+        for found in read(kernels, ("sm_90",)):
             yield {**facts(case, kernel), **found._asdict()}
 
 

@@ -344,7 +344,7 @@ BATCH_NORM_ACT = Op(
     dims={"N": (0, 1, 2, 5), "C": (1, 3, 33, 65), "S": (7, 33, 129, 1025, 4097)},
     # ResNet-50's first and third stages.
     bench=({"N": 8, "C": 64, "S": 3136}, {"N": 8, "C": 256, "S": 196}),
-    audit=({"N": 8, "C": 64, "S": 1024}, {"N": 32, "C": 1024, "S": 64}),
+    audit=({"N": 8, "C": 16, "S": 1024}, {"N": 32, "C": 1024, "S": 64}),
     traffic=_traffic,
     excess={
         ("default", "forward"): Excess(1.52, _FORWARD),

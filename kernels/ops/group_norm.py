@@ -267,7 +267,7 @@ GROUP_NORM = Op(
     dims={"N": (0, 1, 2, 3), "G": (1, 3), "K": (1, 2, 5, 33), "S": (0, 1, 7, 33, 129, 1025, 2500, 16_385)},
     # Stable Diffusion's U-Net: its first and third stages.
     bench=({"N": 2, "G": 32, "K": 10, "S": 4096}, {"N": 2, "G": 32, "K": 40, "S": 256}),
-    audit=({"N": 2, "G": 32, "K": 8, "S": 1024}, {"N": 2, "G": 32, "K": 10, "S": 4096}),
+    audit=({"N": 2, "G": 8, "K": 8, "S": 1024}, {"N": 2, "G": 32, "K": 10, "S": 4096}),
     traffic=_traffic,
     excess={(variant, which): why for variant in ("one group", "channels last") for which, why in _TWICE.items()},
     flops=lambda N, G, K, S: 11 * N * G * K * S,

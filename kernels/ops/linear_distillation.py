@@ -368,7 +368,7 @@ LINEAR_DISTILLATION = Op(
     dims={"N": (0, 1, 2, 33, 129), "D": (1, 8, 31), "C": (1, 2, 33, 129, 1025, 9001)},
     # Students of the size of GPT-2 124M.
     bench=({"N": 512, "D": 768, "C": 50_304},),
-    audit=({"N": 64, "D": 128, "C": 512}, {"N": 4, "D": 8, "C": 262_144}),
+    audit=({"N": 16, "D": 128, "C": 512}, {"N": 4, "D": 8, "C": 262_144}),
     traffic=_traffic,
     excess={
         ("default", "forward"): Excess(2.0, _AGAIN),

@@ -264,7 +264,7 @@ def traffic(
 DIMS = {"B": (0, 1, 3), "S": (1, 2, 33, 129), "D": (1, 31, 32, 33, 127, 129, 1023, 1025, 8193, 16_385)}
 # DiT-XL/2 at 256², FLUX.1 at 1024².
 BENCH = ({"B": 16, "S": 256, "D": 1152}, {"B": 1, "S": 4096, "D": 3072})
-AUDIT = ({"B": 1, "S": 1024, "D": 512}, {"B": 1, "S": 1024, "D": 3072}, {"B": 2, "S": 16, "D": 32_768})
+AUDIT = ({"B": 1, "S": 1024, "D": 256}, {"B": 1, "S": 1024, "D": 3072}, {"B": 2, "S": 16, "D": 32_768})
 VARIANTS: dict[str, Options] = {"default": {}, "for each token": {"tokens": True}, "affine": {"affine": 2}}
 _RMS_VARIANTS: dict[str, Options] = {"default": {}, "weight": {"affine": 1}}
 

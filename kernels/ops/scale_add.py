@@ -270,7 +270,7 @@ SCALE_ADD = Op(
     dims={"B": (0, 1, 2, 9), "T": (1, 2, 33), "D": (0, 1, 31, 32, 33, 127, 256, 257, 1025)},
     # ViT-B and ViT-L at 224 pixels.
     bench=({"B": 64, "T": 197, "D": 768}, {"B": 64, "T": 197, "D": 1024}),
-    audit=({"B": 16, "T": 32, "D": 512}, {"B": 8, "T": 197, "D": 768}),
+    audit=({"B": 16, "T": 32, "D": 128}, {"B": 8, "T": 197, "D": 768}),
     traffic=_traffic,
     flops=lambda B, T, D: 2 * B * T * D,
     aten=_aten,
