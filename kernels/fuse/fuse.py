@@ -73,11 +73,11 @@ def _search(
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself")
     skip = _choices(caller, "skip", skip)
     only = None if only is None else _choices(caller, "only", only)
-    search = Search(model)
     records: list[Record] = []
     swaps: list[tuple[nn.Module, type]] = []
     taken: set[int] = set()
     with quiet(model):
+        search = Search(model)
         for path, module in model.named_modules():
             if id(module) in taken or any(_matches(choice, path, module, None) for choice in skip):
                 continue

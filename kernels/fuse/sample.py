@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -108,7 +109,7 @@ def _value(value: Any) -> Hashable:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Verification leaves random states as they were, and compiles nothing on the CPU."""
+    """Verification leaves random states as they were, sees parameters whole, and compiles nothing on the CPU."""
     tensors = (*model.parameters(), *model.buffers())
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
     state = random.getstate()
@@ -118,11 +119,20 @@ def quiet(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
+            stack.enter_context(_gathered(model))
             if not devices:
                 stack.enter_context(use_backend("eager"))
             yield
     finally:
         random.setstate(state)
+
+
+def _gathered(model: nn.Module) -> AbstractContextManager[None]:
+    """FullyShardedDataParallel leaves each process a flat piece of a parameter: its shape is known when gathered."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        return nullcontext()
+    return fsdp.FullyShardedDataParallel.summon_full_params(model, writeback=False)
 
 
 class Exactly(TorchFunctionMode):
