@@ -151,7 +151,7 @@ BIAS_ACT = Op(
     dims={"N": (0, 1, 2, 33, 129), "D": (0, 1, 31, 32, 33, 127, 256, 257, 1025)},
     # The wide layers of ViT-B (batch 16) and GPT-2 XL.
     bench=({"N": 3152, "D": 3072}, {"N": 4096, "D": 6400}),
-    audit=({"N": 512, "D": 128}, {"N": 512, "D": 6400}),
+    audit=({"N": 512, "D": 256}, {"N": 512, "D": 6400}),
     traffic=_traffic,
     flops=lambda N, D: 8 * N * D,
     aten=_aten,

@@ -256,7 +256,7 @@ DICE_BCE_LOSS = Op(
     dims={"N": (0, 1, 2, 5), "K": (1, 3, 33), "S": (1, 31, 33, 129, 1024, 1025, 4097, 10_001)},
     # Binary masks of 512 × 512; the three regions of BraTS in a patch of 128³.
     bench=({"N": 8, "K": 1, "S": 512 * 512}, {"N": 2, "K": 3, "S": 128**3}),
-    audit=({"N": 2, "K": 2, "S": 32_768}, {"N": 16, "K": 2, "S": 512 * 512}),
+    audit=({"N": 4, "K": 4, "S": 8192}, {"N": 16, "K": 2, "S": 512 * 512}),
     traffic=_traffic,
     flops=lambda N, K, S: 40 * N * K * S,
     aten=_aten,
