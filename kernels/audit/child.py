@@ -42,7 +42,8 @@ class Auditor:
         assert process.stdout is not None
         process.stdin.write(json.dumps({"quick": quick, "ops": ops, "targets": targets}) + "\n")
         process.stdin.flush()
-        records, calls = [], 0
+        records: list[dict[str, Any]] = []
+        calls = 0
         for line in process.stdout:
             answer = json.loads(line)
             if "end" in answer:
@@ -85,5 +86,11 @@ def audit_others(
 
 def _python(arguments: Sequence[str], *, interpret: bool) -> subprocess.Popen[str]:
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"}
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen([sys.executable, *arguments], env=environment, text=True, **pipes)
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

@@ -134,7 +134,7 @@ def _tool(name: str, option: Sequence[str], binary: bytes) -> str:
     with tempfile.NamedTemporaryFile() as file:
         file.write(binary)
         file.flush()
-        command = [Path(nvidia.__file__).parent / "bin" / name, *option, file.name]
+        command = [str(Path(nvidia.__file__).parent / "bin" / name), *option, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
