@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .joint import Joint, own_forward
-from .norm_act import ACTIVATIONS, OPERATORS, SLACK, draws, normalized, suits
+from .norm_act import ACTIVATIONS, OPERATORS, SLACK, draws, measure, normalized, suits
 from .sample import Draw, Exactly, Refused, Sample
+from .savings import Measure
 from .sites import activation, hooked
 
 
@@ -81,6 +82,10 @@ class ChannelNorm(Joint):
     def draws(self, sample: Sample) -> list[Draw]:
         """Images with other means and scales."""
         return draws(sample)
+
+    def measure(self, module: nn.Module) -> Measure:
+        """The channels of a pixel."""
+        return measure(module)
 
 
 def _idle(child: nn.Module) -> bool:

@@ -44,7 +44,7 @@ class ComplexTurn(Site):
         x, angles = sample.randn(2, 4, 6, 8, 2), sample.randn(2, 1, 6, 8, 1)
         turns = torch.cat([angles.cos(), angles.sin()], -1)
         return [
-            Draw("an ordinary", (x, turns)),
+            Draw("an ordinary", (x, turns), tables=1),
             Draw("a free", (x, sample.randn(2, 1, 6, 8, 2))),
             Draw("a batch-shared", (x, turns[0, 0])),
         ]

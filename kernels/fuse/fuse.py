@@ -89,8 +89,9 @@ def _search(
                 if only is not None and not any(_matches(choice, where, module, found.operator) for choice in only):
                     continue
                 part = module.get_submodule(found.part)
+                was = type(part).__name__
                 records.append(
-                    Record(where, type(part).__name__, found.operator, found.status, found.reason, found.check)
+                    Record(where, was, found.operator, found.status, found.reason, found.check, found.saving)
                 )
                 if found.part and found.status != "left":
                     taken.add(id(part))

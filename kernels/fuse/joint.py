@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .sample import Draw, Sample, kind
+from .savings import ELEMENT, Counted, Measure
 
 
 class Joint(ABC):
@@ -73,6 +74,15 @@ class Joint(ABC):
     @abstractmethod
     def draws(self, sample: Sample) -> list[Draw]:
         """Inputs to compare them on."""
+
+    def counted(self, sample: Sample) -> Counted:
+        """What to count a saving on; of so many elements as ``measure`` speaks of."""
+        draw = self.draws(sample)[0]
+        return Counted(*self.trial(sample), draw, draw.inputs[0].numel())
+
+    def measure(self, module: nn.Module) -> Measure:
+        """What the report tells the saving at ``module`` for."""
+        return ELEMENT
 
     def exact(self, original: nn.Module) -> nn.Module:
         """Prepare the float64 copy of the original: what it takes from the dtype of its input has to be fixed."""

@@ -19,6 +19,7 @@ from ..ops.batch_norm import batch_norm_act
 from ..ops.group_norm import group_norm
 from .joint import takes
 from .sample import Draw, Sample, kind
+from .savings import Measure
 from .sites import Site, Unit, activation, called, child, hooked, module_type, resolved, units
 
 #: What the operators have.
@@ -182,6 +183,10 @@ class NormAct(Site):
         """Images with other means and scales."""
         return draws(sample)
 
+    def measure(self, module: nn.Module) -> Measure:
+        """The channels of a pixel."""
+        return measure(getattr(module, self.norm))
+
     def fused(self) -> Callable[..., Any]:
         """The operator, where the norm is torch's own and nothing listens."""
         return fused(self.act_type, self.activation)
@@ -258,6 +263,12 @@ def draws(sample: Sample) -> list[Draw]:
         Draw("a shifted", (0.5 * sample.randn(4, channels, *shape) + 2.0,)),
         Draw("a large", (300.0 * sample.randn(4, channels, *shape),)),
     ]
+
+
+def measure(norm: Any) -> Measure:
+    """The channels of a pixel, or of a row."""
+    channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+    return Measure("token" if isinstance(norm, nn.BatchNorm1d) else "pixel", channels)
 
 
 class _Both(nn.Module):

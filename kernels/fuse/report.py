@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .savings import Saving
 from .verify import Check
 
 
@@ -20,6 +21,7 @@ class Record:
     status: str  #: "fused", "planned", "left" or "already fused"
     reason: str = ""
     check: Check | None = None
+    saving: Saving | None = None
 
 
 class FusionReport:
@@ -43,24 +45,61 @@ class FusionReport:
         """The records as plain values, ready for ``json.dumps``."""
         return [dataclasses.asdict(record) for record in self.records]
 
+    @property
+    def savings(self) -> dict[str, Saving]:
+        """The savings of all joints that were swapped, or would be, added up by unit.
+
+        Pixels are those of each joint's own image. What is told for an element of a joint's input has no sum.
+        """
+        return _added(record for record in self.records if record.saving and record.saving.unit != "element")
+
     def __str__(self) -> str:
         groups: dict[tuple[str, ...], list[Record]] = {}
         for record in self.records:
             pattern = re.sub(r"(?<![^._])\d+(?![^._])", "*", record.path)
-            groups.setdefault((pattern, record.was, record.now, record.status, record.reason), []).append(record)
-        header = ("module", "", "was", "now", "worst error / budget")
+            unit = "" if record.saving is None else record.saving.unit
+            groups.setdefault((pattern, record.was, record.now, record.status, record.reason, unit), []).append(record)
+        header = ("module", "", "was", "now", "saves traffic", "activations", "worst error / budget")
         rows = [header, *(_row(key, records) for key, records in groups.items())]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ["  ".join((*map(str.ljust, row, widths), row[4])).rstrip() for row in rows]
+        widths = [max(len(row[column]) for row in rows) for column in range(6)]
+        lines = ["  ".join((*map(str.ljust, row, widths), row[6])).rstrip() for row in rows]
         lines.insert(1, "─" * max(map(len, lines)))
         found, planned = len(self.records), sum(record.status == "planned" for record in self.records)
         done = f"{planned} of {found} joint{'s' * (found != 1)} would be" if planned else ""
         lines.append(f"{done or f'{len(self.fused)} of {found} joint' + 's' * (found != 1)} fused")
+        lines += [f"saves {_moved(saving)} of traffic, {_kept(saving)} of activations" for saving in self.savings.values()]
         return "\n".join(lines)
 
 
+def _added(records: Iterable[Record]) -> dict[str, Saving]:
+    totals: dict[str, Saving] = {}
+    for saving in (record.saving for record in records):
+        if saving is not None:
+            before = totals.get(saving.unit, Saving(0.0, 0.0, saving.unit))
+            traffic, activations = before.traffic + saving.traffic, before.activations + saving.activations
+            totals[saving.unit] = Saving(traffic, activations, saving.unit)
+    return totals
+
+
+def _moved(saving: Saving) -> str:
+    return f"{_bytes(saving.traffic)}/{saving.unit}"
+
+
+def _kept(saving: Saving) -> str:
+    return f"{_bytes(saving.activations)}/{saving.unit}"
+
+
+def _bytes(number: float) -> str:
+    """Three digits: 0 B, 256 B, 7.48 kB."""
+    for unit in ("B", "kB", "MB"):
+        if abs(number) < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
+
+
 def _row(key: tuple[str, ...], records: list[Record]) -> tuple[str, ...]:
-    pattern, was, now, status, reason = key
+    pattern, was, now, status, reason, _ = key
     path = pattern if len(records) > 1 else records[0].path
     checks = [record.check for record in records if record.check]
     note = f"{status}: {reason}" if reason else status
@@ -68,4 +107,6 @@ def _row(key: tuple[str, ...], records: list[Record]) -> tuple[str, ...]:
         worst = max(checks, key=lambda check: check.error / check.budget)
         note = f"{worst.error:.1e} / {worst.budget:.1e}  {worst.where}" if worst.where else "0, exact"
         note += f"; {reason}" if reason else ""
-    return path or "(the model)", f"×{len(records)}" if len(records) > 1 else "", was, now, note  # noqa: RUF001 (the multiplication sign is meant)
+    number = f"×{len(records)}" if len(records) > 1 else ""  # noqa: RUF001 (the multiplication sign is meant)
+    saved = [(_moved(saving), _kept(saving)) for saving in _added(records).values()] or [("", "")]
+    return path or "(the model)", number, was, now, *saved[0], note

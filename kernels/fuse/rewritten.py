@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from .joint import Joint
 from .norm_act import InSequence, NormAct, in_sequence
 from .rotary import Rotary
 from .sample import Draw, Refused, Sample
+from .savings import Counted, Saving, saving
 from .sites import Site, Unit, units
 from .source import rewritten
 from .turn import Turn
@@ -96,7 +97,14 @@ def sites(module: nn.Module) -> list[Site]:
     return found
 
 
-def examine(site: Site, module: nn.Module, root: nn.Module, known: dict[Hashable, Check | str]) -> Check | str:
+class Verdict(NamedTuple):
+    """Of a site that is as good as the original: the check, and what an element saves."""
+
+    check: Check
+    saving: Saving
+
+
+def examine(site: Site, module: nn.Module, root: nn.Module, known: dict[Hashable, Verdict | str]) -> Verdict | str:
     """What verification found, or why the site is left; sites with equal keys are verified once."""
     if site.refusal:
         return site.refusal
@@ -104,7 +112,10 @@ def examine(site: Site, module: nn.Module, root: nn.Module, known: dict[Hashable
     if key not in known:
         try:
             original, fused, sample = site.trial(module, root)
-            known[key] = verify(original, fused, lambda: site.draws(sample), sample.dtype, slack=site.slack)
+            check = verify(original, fused, lambda: site.draws(sample), sample.dtype, slack=site.slack)
+            draw = site.draws(sample)[0]
+            counted = Counted(original, fused, draw, draw.inputs[0].numel())
+            known[key] = Verdict(check, saving(counted, sample.dtype))
         except Refused as refused:
             known[key] = str(refused)
     return known[key]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..ops.rope import rope
 from .joint import Joint, takes
 from .sample import Draw, Refused, Sample
+from .savings import Counted
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,16 @@ class Rotary(Joint):
         angles = sample.randn(2, 6, 8).repeat(1, 1, 2)
         free = sample.randn(2, 6, 16)
         return [
-            Draw("an ordinary", self._arguments(heads, angles.cos(), angles.sin())),
+            Draw("an ordinary", self._arguments(heads, angles.cos(), angles.sin()), tables=2),
             Draw("an unpaired", self._arguments(heads, free, free.flip(-1))),
             Draw("a batch-shared", self._arguments(heads, angles[:1].cos(), angles[:1].sin())),
             Draw("a large", self._arguments([1e3 * h for h in heads], angles.cos(), angles.sin())),
         ]
+
+    def counted(self, sample: Sample) -> Counted:
+        """An element of any of the tensors."""
+        counted = super().counted(sample)
+        return counted._replace(elements=sum(t.numel() for t in counted.draw.inputs[: self.tensors]))
 
     def _arguments(self, heads: list[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         if self.unsqueeze is None:

@@ -25,10 +25,18 @@ class Refused(Exception):
 
 
 class Draw(NamedTuple):
-    """Inputs of one trial, in float64, and what they are."""
+    """Inputs of one trial, in float64, and what they are.
+
+    The last are ``tables`` (cosines, targets), to which models have no gradient flow; they are verified as if it did.
+    """
 
     label: str
     inputs: tuple[Tensor, ...]
+    tables: int = 0
+
+    def doubled(self) -> Draw:
+        """The same batch twice."""
+        return self._replace(inputs=tuple(torch.cat([t, t]) for t in self.inputs))
 
 
 class Sample:

@@ -16,9 +16,10 @@ from .heads import OutputHead
 from .joint import Joint, fusion
 from .losses import CausalLoss, CrossEntropy, SoftmaxModule
 from .norms import Norm
-from .rewritten import examine, sites
+from .rewritten import Verdict, examine, sites
 from .rotary import Rotary
 from .sample import Refused, Sample
+from .savings import Saving, saving
 from .sites import Site
 from .verify import Check, verify
 
@@ -42,6 +43,7 @@ class Outcome(NamedTuple):
     joint: Joint | None
     reason: str = ""
     check: Check | None = None
+    saving: Saving | None = None  #: of an element
 
 
 class Found(NamedTuple):
@@ -53,6 +55,7 @@ class Found(NamedTuple):
     check: Check | None = None
     joint: Joint | Site | None = None
     part: str = ""
+    saving: Saving | None = None
 
 
 class Search:
@@ -62,7 +65,7 @@ class Search:
         self.root = root
         self.candidates = {joint_type: joint_type.candidates(root) for joint_type in JOINTS}
         self.known: dict[Hashable, Outcome] = {}
-        self.checked: dict[Hashable, Check | str] = {}
+        self.examined: dict[Hashable, Verdict | str] = {}
 
     def joints(self, module: nn.Module) -> list[Found]:
         """The joints at ``module``: one that it is as a whole, or those in its source."""
@@ -97,7 +100,9 @@ class Search:
                 self.known[key] = _examine(joint_type, module, self.root)
             outcome = self.known[key]
             if outcome.joint is not None:
-                return Found("fused", outcome.joint.operator, outcome.reason, outcome.check, outcome.joint)
+                joint, saved = outcome.joint, outcome.saving
+                saved = None if saved is None else saved.of(joint.measure(module))
+                return Found("fused", joint.operator, outcome.reason, outcome.check, joint, saving=saved)
             if outcome.reason:
                 left = Found("left", "", outcome.reason)
         return left
@@ -108,11 +113,12 @@ class Search:
             return []
         found = []
         for site in sites(module):
-            verdict = examine(site, module, self.root, self.checked)
+            verdict = examine(site, module, self.root, self.examined)
             if isinstance(verdict, str):
                 found.append(Found("left", "", verdict, part=site.part))
             else:
-                found.append(Found("fused", site.operator, "", verdict, site, site.part))
+                saved = verdict.saving.of(site.measure(module))
+                found.append(Found("fused", site.operator, "", verdict.check, site, site.part, saved))
         return found
 
 
@@ -134,7 +140,7 @@ def _attempt(joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes:
             return Outcome(None, "it computes something else" if _named_like(module, joint_type) else "")
         original, fused = joint.trial(sample)
         check = verify(original, fused, functools.partial(joint.draws, sample), sample.dtype, joint.exact, joint.slack)
-        return Outcome(joint, joint.note, check)
+        return Outcome(joint, joint.note, check, saving(joint.counted(sample), sample.dtype))
     except Refused as refused:
         close = joint is not None or _named_like(module, joint_type)
         return Outcome(None, str(refused) if close else "")

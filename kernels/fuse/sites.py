@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..ops.activations import ACTIVATIONS
 from .sample import Draw, Exactly, Sample, kind
+from .savings import ELEMENT, Measure
 from .source import innermost, parsed
 
 
@@ -61,6 +62,10 @@ class Site(ABC):
     @abstractmethod
     def draws(self, sample: Sample) -> list[Draw]:
         """Inputs to compare them on."""
+
+    def measure(self, module: nn.Module) -> Measure:
+        """As of :class:`Joint`."""
+        return ELEMENT
 
     @abstractmethod
     def fused(self) -> Callable[..., Any]:

@@ -53,7 +53,7 @@ class Turn(Site):
         pairs = angles.repeat_interleave(2, -1) if self.interleaved else angles.repeat(1, 1, 1, 2)
         free = sample.randn(2, 1, 6, 16)
         return [
-            Draw("an ordinary", (x, pairs.cos(), pairs.sin())),
+            Draw("an ordinary", (x, pairs.cos(), pairs.sin()), tables=2),
             Draw("an unpaired", (x, free, free.flip(-1))),
             Draw("a batch-shared", (x, pairs[0, 0].cos(), pairs[0, 0].sin())),
             Draw("a large", (1e3 * x, pairs.cos(), pairs.sin())),
