@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .joint import Joint, own_forward
-from .norm_act import ACTIVATIONS, OPERATORS, SLACK, draws, measure, normalized, suits
+from .norm_act import ACTIVATIONS, OPERATORS, SLACK, draws, measure, normalized, of_pixels, suits
 from .sample import Draw, Exactly, Refused, Sample
-from .savings import Measure
+from .savings import Counted, Measure
 from .sites import activation, hooked
 
 
@@ -82,6 +82,10 @@ class ChannelNorm(Joint):
     def draws(self, sample: Sample) -> list[Draw]:
         """Images with other means and scales."""
         return draws(sample)
+
+    def counted(self, sample: Sample) -> Counted:
+        """Twice the pixels, and not the images."""
+        return of_pixels(super().counted(sample))
 
     def measure(self, module: nn.Module) -> Measure:
         """The channels of a pixel."""

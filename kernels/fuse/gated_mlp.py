@@ -110,7 +110,6 @@ class GatedMLP(Joint):
             Draw("a shifted", (sample.randn(2, 5, width) + 2.0,)),
         ]
 
-
     def counted(self, sample: Sample) -> Counted:
         """An element between the layers: the linear layers themselves cost the same, fused or not."""
         counted = super().counted(sample)

@@ -42,7 +42,9 @@ class OutputHead(Joint):
 
     hint: ClassVar[str] = "head"
     operator: ClassVar[str] = "linear_cross_entropy"  # type: ignore[misc]
-    note: ClassVar[str] = "logits deferred, but not under torch.compile, torch.export, no_grad and inference_mode"
+    note: ClassVar[str] = (
+        "logits of 16 MiB or more deferred, but not under torch.compile, torch.export, no_grad and inference_mode"
+    )
     smallest: int
 
     @classmethod

@@ -19,7 +19,7 @@ from ..ops.batch_norm import batch_norm_act
 from ..ops.group_norm import group_norm
 from .joint import takes
 from .sample import Draw, Sample, kind
-from .savings import Measure
+from .savings import Counted, Measure
 from .sites import Site, Unit, activation, called, child, hooked, module_type, resolved, units
 
 #: What the operators have.
@@ -183,6 +183,10 @@ class NormAct(Site):
         """Images with other means and scales."""
         return draws(sample)
 
+    def counted(self, original: nn.Module, fused: nn.Module, sample: Sample) -> Counted:
+        """Twice the pixels, and not the images."""
+        return of_pixels(super().counted(original, fused, sample))
+
     def measure(self, module: nn.Module) -> Measure:
         """The channels of a pixel."""
         return measure(getattr(module, self.norm))
@@ -263,6 +267,11 @@ def draws(sample: Sample) -> list[Draw]:
         Draw("a shifted", (0.5 * sample.randn(4, channels, *shape) + 2.0,)),
         Draw("a large", (300.0 * sample.randn(4, channels, *shape),)),
     ]
+
+
+def of_pixels(counted: Counted) -> Counted:
+    """A group norm keeps statistics of an image, however large."""
+    return counted._replace(dim=-1 if counted.draw.inputs[0].dim() > 2 else 0)
 
 
 def measure(norm: Any) -> Measure:

@@ -15,7 +15,7 @@ from .joint import Joint
 from .norm_act import InSequence, NormAct, in_sequence
 from .rotary import Rotary
 from .sample import Draw, Refused, Sample
-from .savings import Counted, Saving, saving
+from .savings import Saving, saving
 from .sites import Site, Unit, units
 from .source import rewritten
 from .turn import Turn
@@ -113,9 +113,7 @@ def examine(site: Site, module: nn.Module, root: nn.Module, known: dict[Hashable
         try:
             original, fused, sample = site.trial(module, root)
             check = verify(original, fused, lambda: site.draws(sample), sample.dtype, slack=site.slack)
-            draw = site.draws(sample)[0]
-            counted = Counted(original, fused, draw, draw.inputs[0].numel())
-            known[key] = Verdict(check, saving(counted, sample.dtype))
+            known[key] = Verdict(check, saving(site.counted(original, fused, sample), sample.dtype))
         except Refused as refused:
             known[key] = str(refused)
     return known[key]

@@ -34,9 +34,9 @@ class Draw(NamedTuple):
     inputs: tuple[Tensor, ...]
     tables: int = 0
 
-    def doubled(self) -> Draw:
-        """The same batch twice."""
-        return self._replace(inputs=tuple(torch.cat([t, t]) for t in self.inputs))
+    def doubled(self, dim: int = 0) -> Draw:
+        """Twice the same, along a dim of all inputs."""
+        return self._replace(inputs=tuple(torch.cat([t, t], dim) for t in self.inputs))
 
 
 class Sample:

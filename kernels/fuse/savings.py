@@ -49,12 +49,13 @@ ELEMENT = Measure("element", 1.0)
 
 
 class Counted(NamedTuple):
-    """What to count on: the modules, their inputs, and how many elements those are."""
+    """What to count on: the modules, their inputs, how many elements those are, and the dim to double them along."""
 
     original: nn.Module
     fused: nn.Module
     draw: Draw
     elements: int
+    dim: int = 0
 
 
 class Bytes(NamedTuple):
@@ -66,7 +67,7 @@ class Bytes(NamedTuple):
 
 def saving(counted: Counted, dtype: torch.dtype) -> Saving:
     """The saving for each element, for modules in ``dtype``, in training."""
-    once, twice = counted.draw, counted.draw.doubled()
+    once, twice = counted.draw, counted.draw.doubled(counted.dim)
     pairs = [(count(m, twice, dtype), count(m, once, dtype)) for m in counted[:2]]
     plain, joined = (Bytes(*(more - less for more, less in zip(*pair, strict=True))) for pair in pairs)
     traffic, activations = (a - b for a, b in zip(plain, joined, strict=True))
@@ -123,8 +124,10 @@ class _Traffic(TorchDispatchMode):
         """Run ``function`` as one launch: what it makes on the way is not moved."""
         with _disable_current_modes():
             outputs = function(*tensors)
-        self._add(_tensors(tensors))
-        self._add(_tensors(outputs))
+        operands = list(_tensors(tensors))
+        inside = {_storage(t) for t in operands}
+        self._add(operands)
+        self._add(t for t in _tensors(outputs) if _storage(t) not in inside)
         return outputs
 
     def _add(self, tensors: Any) -> None:

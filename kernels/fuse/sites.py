@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..ops.activations import ACTIVATIONS
 from .sample import Draw, Exactly, Sample, kind
-from .savings import ELEMENT, Measure
+from .savings import ELEMENT, Counted, Measure
 from .source import innermost, parsed
 
 
@@ -62,6 +62,11 @@ class Site(ABC):
     @abstractmethod
     def draws(self, sample: Sample) -> list[Draw]:
         """Inputs to compare them on."""
+
+    def counted(self, original: nn.Module, fused: nn.Module, sample: Sample) -> Counted:
+        """As of :class:`Joint`, of a trial."""
+        draw = self.draws(sample)[0]
+        return Counted(original, fused, draw, draw.inputs[0].numel())
 
     def measure(self, module: nn.Module) -> Measure:
         """As of :class:`Joint`."""
