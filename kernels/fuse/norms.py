@@ -146,7 +146,7 @@ class Norm(Joint):
 
     def measure(self, module: nn.Module) -> Measure:
         """A row; its width is that of the parameters."""
-        shapes = [p.shape for p in module.parameters()] or [getattr(module, "normalized_shape", ())]
+        shapes: list[Any] = [p.shape for p in module.parameters()] or [getattr(module, "normalized_shape", ())]
         return Measure("pixel" if self.channels_first else "token", shapes[0][-1]) if shapes[0] else ELEMENT
 
     def exact(self, original: nn.Module) -> nn.Module:

@@ -67,9 +67,7 @@ class FusionReport:
         found, planned = len(self.records), sum(record.status == "planned" for record in self.records)
         done = f"{planned} of {found} joint{'s' * (found != 1)} would be" if planned else ""
         lines.append(f"{done or f'{len(self.fused)} of {found} joint' + 's' * (found != 1)} fused")
-        lines += [
-            f"saves {_moved(saving)} of traffic, {_kept(saving)} of activations" for saving in self.savings.values()
-        ]
+        lines += [f"saves {_moved(one)} of traffic, {_kept(one)} of activations" for one in self.savings.values()]
         return "\n".join(lines)
 
 

@@ -35,7 +35,8 @@ class Saving:
 
     def of(self, measure: Measure) -> Saving:
         """Of a unit, where this is that of an element."""
-        return Saving(measure.elements * self.traffic, measure.elements * self.activations, measure.unit)
+        traffic, activations = (round(measure.elements * each, 3) for each in (self.traffic, self.activations))
+        return Saving(traffic, activations, measure.unit)
 
 
 class Measure(NamedTuple):
