@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Iterable
 
 from torch import nn
 
+from .choices import Choice, checked, matches
 from .joint import Joint, fused_class, fusion
 from .report import FusionReport, Record
 from .rewritten import Rewritten
@@ -15,8 +15,6 @@ from .rotary import Rotary
 from .sample import quiet
 from .search import Search
 from .sites import Site
-
-Choice = str | type[nn.Module]
 
 
 def fuse(model: nn.Module, *, skip: Iterable[Choice] = (), only: Iterable[Choice] | None = None) -> FusionReport:
@@ -71,22 +69,22 @@ def _search(
     """A record for each joint, and the modules to swap, with the classes they get."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself")
-    skip = _choices(caller, "skip", skip)
-    only = None if only is None else _choices(caller, "only", only)
+    skip = checked(caller, "skip", skip)
+    only = None if only is None else checked(caller, "only", only)
     search = Search(model)
     records: list[Record] = []
     swaps: list[tuple[nn.Module, type]] = []
     taken: set[int] = set()
     with quiet(model):
         for path, module in model.named_modules():
-            if id(module) in taken or any(_matches(choice, path, module, None) for choice in skip):
+            if id(module) in taken or any(matches(choice, path, module, None) for choice in skip):
                 continue
             chosen: list[Joint | Site] = []
             for found in search.joints(module):
                 where = f"{path}.{found.part}".strip(".") if found.part else path
-                if any(_matches(choice, where, module, found.operator) for choice in skip):
+                if any(matches(choice, where, module, found.operator) for choice in skip):
                     continue
-                if only is not None and not any(_matches(choice, where, module, found.operator) for choice in only):
+                if only is not None and not any(matches(choice, where, module, found.operator) for choice in only):
                     continue
                 part = module.get_submodule(found.part)
                 was = type(part).__name__
@@ -143,20 +141,3 @@ def _swap(swaps: list[tuple[nn.Module, type]]) -> None:
         for module, before in reversed(done):
             module.__class__ = before
         raise
-
-
-def _choices(caller: str, name: str, choices: Iterable[Choice]) -> tuple[Choice, ...]:
-    found = (choices,) if isinstance(choices, (str, type)) else tuple(choices)
-    for choice in found:
-        if not isinstance(choice, str) and not (isinstance(choice, type) and issubclass(choice, nn.Module)):
-            raise TypeError(
-                f"{caller}: {name} must hold paths, operator names or module classes, got {choice!r}; "
-                'e.g. skip=["model.layers.0.*", "rope", nn.LayerNorm]'
-            )
-    return found
-
-
-def _matches(choice: Choice, path: str, module: nn.Module, operator: str | None) -> bool:
-    if isinstance(choice, type):
-        return isinstance(module, choice)
-    return choice == operator or fnmatch.fnmatchcase(path, choice) or fnmatch.fnmatchcase(path, choice + ".*")

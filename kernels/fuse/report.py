@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ class Record:
     path: str
     was: str
     now: str
-    status: str  #: "fused", "planned", "left" or "already fused"
+    status: str  #: "fused", "planned", "left", "already fused"; of ``fold``: "folded", "left", "already folded"
     reason: str = ""
     check: Check | None = None
     saving: Saving | None = None
@@ -46,6 +47,11 @@ class FusionReport:
         return [dataclasses.asdict(record) for record in self.records]
 
     @property
+    def folded(self) -> list[Record]:
+        """The records of what this call folded."""
+        return [record for record in self.records if record.status == "folded"]
+
+    @property
     def savings(self) -> dict[str, Saving]:
         """The savings of all joints that were swapped, or would be, added up by unit.
 
@@ -56,19 +62,27 @@ class FusionReport:
     def __str__(self) -> str:
         groups: dict[tuple[str, ...], list[Record]] = {}
         for record in self.records:
-            pattern = re.sub(r"(?<![^._])\d+(?![^._])", "*", record.path)
             unit = "" if record.saving is None else record.saving.unit
-            groups.setdefault((pattern, record.was, record.now, record.status, record.reason, unit), []).append(record)
+            key = (_pattern(record.path), record.was, _pattern(record.now), record.status, record.reason, unit)
+            groups.setdefault(key, []).append(record)
         header = ("module", "", "was", "now", "saves traffic", "activations", "worst error / budget")
         rows = [header, *(_row(key, records) for key, records in groups.items())]
-        widths = [max(len(row[column]) for row in rows) for column in range(6)]
-        lines = ["  ".join((*map(str.ljust, row, widths), row[6])).rstrip() for row in rows]
+        if not any(record.saving for record in self.records):
+            rows = [row[:4] + row[6:] for row in rows]
+        widths = [*(max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]), 0]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines.insert(1, "─" * max(map(len, lines)))
-        found, planned = len(self.records), sum(record.status == "planned" for record in self.records)
-        done = f"{planned} of {found} joint{'s' * (found != 1)} would be" if planned else ""
-        lines.append(f"{done or f'{len(self.fused)} of {found} joint' + 's' * (found != 1)} fused")
+        counts = collections.Counter(record.status for record in self.records)
+        done = next((name for name in ("planned", "folded") if counts[name]), "fused")
+        found = f"{counts[done]} of {len(self.records)} joint{'s' * (len(self.records) != 1)}"
+        lines.append(f"{found} {'would be fused' if done == 'planned' else done}")
         lines += [f"saves {_moved(one)} of traffic, {_kept(one)} of activations" for one in self.savings.values()]
         return "\n".join(lines)
+
+
+def _pattern(path: str) -> str:
+    """With a star for each number."""
+    return re.sub(r"(?<![^._ ])\d+(?![^._])", "*", path)
 
 
 def _added(records: Iterable[Record]) -> dict[str, Saving]:
@@ -100,10 +114,10 @@ def _bytes(number: float) -> str:
 
 def _row(key: tuple[str, ...], records: list[Record]) -> tuple[str, ...]:
     pattern, was, now, status, reason, _ = key
-    path = pattern if len(records) > 1 else records[0].path
+    path, now = (pattern, now) if len(records) > 1 else (records[0].path, records[0].now)
     checks = [record.check for record in records if record.check]
     note = f"{status}: {reason}" if reason else status
-    if status in ("fused", "planned") and checks:
+    if status in ("fused", "planned", "folded") and checks:
         worst = max(checks, key=lambda check: check.error / check.budget)
         note = f"{worst.error:.1e} / {worst.budget:.1e}  {worst.where}" if worst.where else "0, exact"
         note += f"; {reason}" if reason else ""

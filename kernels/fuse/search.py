@@ -6,11 +6,11 @@ import functools
 from collections.abc import Hashable
 from typing import NamedTuple
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
+from .barrier import barrier
 from .channel_norms import ChannelNorm
+from .folded import fold_of
 from .gated_mlp import GatedMLP
 from .heads import OutputHead
 from .joint import Joint, fusion
@@ -69,6 +69,8 @@ class Search:
 
     def joints(self, module: nn.Module) -> list[Found]:
         """The joints at ``module``: one that it is as a whole, or those in its source."""
+        if fold_of(module) is not None:
+            return []
         made = fusion(module)
         if made is not None:
             return [Found("already fused", operator, part=part) for operator, part in made.joint.parts()]
@@ -78,7 +80,7 @@ class Search:
         if whole is None:
             return self._inside(module)
         if whole.joint is None:
-            inside = [] if _barrier(module) else self._inside(module)
+            inside = [] if barrier(module) else self._inside(module)
             return inside if any(found.joint is not None for found in inside) else [whole, *inside]
         if not isinstance(whole.joint, Rotary):
             return [whole]
@@ -90,10 +92,10 @@ class Search:
         for joint_type in JOINTS:
             if id(module) not in self.candidates[joint_type]:
                 continue
-            barrier = _barrier(module)
-            if barrier:
+            reason = barrier(module)
+            if reason:
                 if _named_like(module, joint_type):
-                    return Found("left", "", barrier)
+                    return Found("left", "", reason)
                 continue
             key = joint_type, joint_type.key(module)
             if key not in self.known:
@@ -109,7 +111,7 @@ class Search:
 
     def _inside(self, module: nn.Module) -> list[Found]:
         # What a Hugging Face model records is decided by the classes of its inner models.
-        if hasattr(module, "from_pretrained") or _barrier(module, own=True):
+        if hasattr(module, "from_pretrained") or barrier(module, own=True):
             return []
         found = []
         for site in sites(module):
@@ -144,24 +146,6 @@ def _attempt(joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes:
     except Refused as refused:
         close = joint is not None or _named_like(module, joint_type)
         return Outcome(None, str(refused) if close else "")
-
-
-def _barrier(module: nn.Module, own: bool = False) -> str:
-    """Why this module must not be touched, or nothing. Its ``own`` parameters alone may count."""
-    if "forward" in vars(module):
-        return "the instance has a forward of its own"
-    if parametrize.is_parametrized(module):
-        return "it is parametrized"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is scripted"
-    if type(module).__reduce__ is not object.__reduce__ or type(module).__reduce_ex__ is not object.__reduce_ex__:
-        return "its class pickles itself in a way of its own"
-    for name, parameter in module.named_parameters(recurse=not own):
-        if type(parameter) is not nn.Parameter and type(parameter).__name__ != "DTensor":
-            return f"{name} is a {type(parameter).__name__}"
-        if not parameter.is_floating_point():
-            return f"{name} is {parameter.dtype}"
-    return ""
 
 
 def _named_like(module: nn.Module, joint_type: type[Joint]) -> bool:
