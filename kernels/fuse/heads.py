@@ -103,6 +103,15 @@ class OutputHead(Joint):
         draw = Draw("an ordinary", (hidden, torch.arange(len(hidden)) % head.out_features))
         return Counted(_Loss(head), _Loss(fused), draw, hidden.numel())
 
+    def given(self, sample: Sample, inputs: tuple[Tensor, ...]) -> Counted:
+        """Against the fused loss of logits in memory."""
+        hidden = inputs[0]
+        fused = copy.deepcopy(sample.module)
+        fused.__class__ = fused_class(type(fused), self)
+        target = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+        draw = Draw("the example's", (hidden, target), tables=1)
+        return Counted(_Loss(sample.module), _Loss(fused), draw, hidden.numel())
+
     def measure(self, module: nn.Module) -> Measure:
         """The features of a token."""
         assert isinstance(module, nn.Linear)
@@ -145,7 +154,8 @@ class _Loss(nn.Module):
         self.head = head
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(self.head(hidden).float(), target)
+        logits = self.head(hidden).float()
+        return cross_entropy(logits.view(-1, logits.shape[-1]), target.view(-1))
 
 
 class _Losses(nn.Module):

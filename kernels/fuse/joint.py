@@ -29,6 +29,10 @@ class Joint(ABC):
     operator: str
     #: Allowed error in units of the original's own. Raising it needs a reason beside it.
     slack: ClassVar[float] = 2.0
+    #: How many of the operands are tables, as of :class:`Draw`.
+    tables: ClassVar[int] = 0
+    #: Whether a trial runs a copy of the module.
+    copied: ClassVar[bool] = True
     #: What the report adds where such a joint was fused.
     note: ClassVar[str] = ""
 
@@ -80,6 +84,14 @@ class Joint(ABC):
         draw = self.draws(sample)[0]
         return Counted(*self.trial(sample), draw, draw.inputs[0].numel())
 
+    def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """What of the arguments of a call the trial takes; None for nothing."""
+        return args
+
+    def given(self, sample: Sample, inputs: tuple[Tensor, ...]) -> Counted:
+        """The trial, on operands that a model gave it; of a sample that was not shrunk."""
+        return Counted(*self.trial(sample), Draw("the example's", inputs, self.tables), inputs[0].numel())
+
     def measure(self, module: nn.Module) -> Measure:
         """What the report tells the saving at ``module`` for."""
         return ELEMENT
@@ -87,6 +99,11 @@ class Joint(ABC):
     def exact(self, original: nn.Module) -> nn.Module:
         """Prepare the float64 copy of the original: what it takes from the dtype of its input has to be fixed."""
         return original
+
+
+def unwatched(joint: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a joint as it is; ``example.py`` puts one in its place that also notes what it is given."""
+    return function
 
 
 class Fusion(NamedTuple):

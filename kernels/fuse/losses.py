@@ -43,6 +43,7 @@ class CrossEntropy(_Stateless):
     """``nn.CrossEntropyLoss``."""
 
     hint: ClassVar[str] = "crossentropy"
+    tables: ClassVar[int] = 1
     operator: ClassVar[str] = "cross_entropy"  # type: ignore[misc]
     base: ClassVar[type[nn.Module]] = nn.CrossEntropyLoss
 
@@ -149,6 +150,7 @@ class CausalLoss(Joint):
 
     hint: ClassVar[str] = "causal"
     operator: ClassVar[str] = "cross_entropy"  # type: ignore[misc]
+    copied: ClassVar[bool] = False
     function: Callable[..., Tensor]
 
     @classmethod
@@ -190,6 +192,9 @@ class CausalLoss(Joint):
     def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
         """Both losses, called in each way that they can be."""
         return _CalledEachWay(self.function), _CalledEachWay(causal_lm_loss)
+
+    def operands(self, args: tuple[Any, ...]) -> None:
+        """The model calls the loss by itself."""
 
     def counted(self, sample: Sample) -> Counted:
         """The loss as a training step calls it, of as many classes as there are."""

@@ -183,6 +183,10 @@ class NormAct(Site):
         """Images with other means and scales."""
         return draws(sample)
 
+    def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The input of the norm."""
+        return args[2:3]
+
     def counted(self, original: nn.Module, fused: nn.Module, sample: Sample) -> Counted:
         """Twice the pixels, and not the images."""
         return of_pixels(super().counted(original, fused, sample))
@@ -308,9 +312,9 @@ class InSequence(NormAct):
         return {}
 
 
-def in_sequence(places: Sequence[InSequence]) -> Callable[..., Any]:
-    """The forward of an ``nn.Sequential`` with these places."""
-    functions = {place.numbers[0]: place.fused() for place in places}
+def in_sequence(places: Sequence[InSequence], watch: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of an ``nn.Sequential`` with these places, each ``watch(place, its function)``."""
+    functions = {place.numbers[0]: watch(place, place.fused()) for place in places}
 
     @functools.wraps(nn.Sequential.forward)
     def forward(self: nn.Sequential, input: Any) -> Any:

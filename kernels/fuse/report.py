@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .savings import Saving
+from .tune import Timing
 from .verify import Check
 
 
@@ -23,6 +24,7 @@ class Record:
     reason: str = ""
     check: Check | None = None
     saving: Saving | None = None
+    timing: Timing | None = None
 
 
 class FusionReport:
@@ -65,12 +67,12 @@ class FusionReport:
             unit = "" if record.saving is None else record.saving.unit
             key = (_pattern(record.path), record.was, _pattern(record.now), record.status, record.reason, unit)
             groups.setdefault(key, []).append(record)
-        header = ("module", "", "was", "now", "saves traffic", "activations", "worst error / budget")
+        header = ("module", "", "was", "now", "saves traffic", "activations", "time", "worst error / budget")
         rows = [header, *(_row(key, records) for key, records in groups.items())]
-        if not any(record.saving for record in self.records):
-            rows = [row[:4] + row[6:] for row in rows]
-        widths = [*(max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]), 0]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        figures = list(zip(*rows, strict=True))
+        shown = [column for i, column in enumerate(figures) if i not in (4, 5, 6) or any(column[1:])]
+        widths = [*(max(map(len, column)) for column in shown[:-1]), 0]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*shown, strict=True)]
         lines.insert(1, "─" * max(map(len, lines)))
         counts = collections.Counter(record.status for record in self.records)
         done = next((name for name in ("planned", "folded") if counts[name]), "fused")
@@ -93,6 +95,12 @@ def _added(records: Iterable[Record]) -> dict[str, Saving]:
             traffic, activations = before.traffic + saving.traffic, before.activations + saving.activations
             totals[saving.unit] = Saving(traffic, activations, saving.unit)
     return totals
+
+
+def _times(records: list[Record]) -> str:
+    """The slowest of the times, over that of the original."""
+    timings = [record.timing for record in records if record.timing]
+    return f"×{max(timings, key=lambda timing: timing.ratio)}" if timings else ""  # noqa: RUF001 (as below)
 
 
 def _moved(saving: Saving) -> str:
@@ -123,4 +131,4 @@ def _row(key: tuple[str, ...], records: list[Record]) -> tuple[str, ...]:
         note += f"; {reason}" if reason else ""
     number = f"×{len(records)}" if len(records) > 1 else ""  # noqa: RUF001 (the multiplication sign is meant)
     saved = [(_moved(saving), _kept(saving)) for saving in _added(records).values()] or [("", "")]
-    return path or "(the model)", number, was, now, *saved[0], note
+    return path or "(the model)", number, was, now, *saved[0], _times(records), note

@@ -11,7 +11,7 @@ from torch import nn
 
 from .complex_turn import ComplexTurn
 from .gate import Gate
-from .joint import Joint
+from .joint import Joint, unwatched
 from .norm_act import InSequence, NormAct, in_sequence
 from .rotary import Rotary
 from .sample import Draw, Refused, Sample
@@ -37,12 +37,12 @@ class Rewritten(Joint):
     def recognise(cls, sample: Sample) -> None:
         """Made of what was recognised one by one."""
 
-    def members(self, original: type) -> dict[str, Any]:
+    def members(self, original: type, watch: Callable[..., Any] = unwatched) -> dict[str, Any]:
         """The methods, edited."""
         places = [site for site in self.sites if isinstance(site, InSequence)]
         if places:
-            return {"forward": in_sequence(places)}
-        found = {} if self.rotary is None else self.rotary.members(original)
+            return {"forward": in_sequence(places, watch)}
+        found = {} if self.rotary is None else self.rotary.members(original, watch)
         parts = units(original)
         made: dict[str, Any] = {}  # the functions with sites, fused, by the names of their units
         for name in _callees_first(parts):
@@ -51,7 +51,7 @@ class Rewritten(Joint):
             names = {called: made[unit] for called, unit in parts[name].calls.items() if unit in made}
             for number, site in mine:
                 edits |= site.edits(f"_braze_{number}")
-                names[f"_braze_{number}"] = site.fused()
+                names[f"_braze_{number}"] = watch(site, site.fused())
             if not names:
                 continue
             if "." in name:

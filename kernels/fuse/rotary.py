@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.rope import rope
-from .joint import Joint, takes
+from .joint import Joint, takes, unwatched
 from .sample import Draw, Refused, Sample
 from .savings import Counted
 
@@ -29,6 +29,8 @@ class Rotary(Joint):
 
     hint: ClassVar[str] = "rotary"
     operator: ClassVar[str] = "rope"  # type: ignore[misc]
+    tables: ClassVar[int] = 2
+    copied: ClassVar[bool] = False
     helper: str
     tensors: int
     cos: int
@@ -84,11 +86,11 @@ class Rotary(Joint):
                     return cls(**{**vars(candidate), "promotes": promotes})
         raise Refused(f"{name} is no rotary embedding that is known here" + (f": {failure}" if failure else ""))
 
-    def members(self, original: type) -> dict[str, Any]:
+    def members(self, original: type, watch: Callable[..., Any] = unwatched) -> dict[str, Any]:
         """The forward, with the fused helper in the place of the original one."""
         own = original.forward  # type: ignore[attr-defined]
         helper = _globals_of(own)[self.helper]
-        return {"forward": _with_global(own, self.helper, self.fused(helper))}
+        return {"forward": _with_global(own, self.helper, watch(self, self.fused(helper)))}
 
     def fused(self, helper: Callable[..., Any]) -> Callable[..., Any]:
         """The fused form of the helper; what it does not take goes to the helper itself."""

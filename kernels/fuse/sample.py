@@ -115,8 +115,8 @@ def _value(value: Any) -> Hashable:
 
 
 @contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Verification leaves random states as they were, and compiles nothing on the CPU."""
+def quiet(model: nn.Module, eager: bool = True) -> Iterator[None]:
+    """Verification leaves random states as they were, and compiles nothing on the CPU if ``eager``."""
     tensors = (*model.parameters(), *model.buffers())
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
     state = random.getstate()
@@ -126,7 +126,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            if not devices:
+            if eager and not devices:
                 stack.enter_context(use_backend("eager"))
             yield
     finally:

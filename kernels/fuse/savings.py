@@ -75,16 +75,16 @@ def saving(counted: Counted, dtype: torch.dtype) -> Saving:
     return Saving(traffic / counted.elements, activations / counted.elements, "element")
 
 
-def saving_of_batch(original: nn.Module, fused: nn.Module, draw: Draw, dtype: torch.dtype) -> Saving:
+def saving_of_batch(counted: Counted, dtype: torch.dtype) -> Saving:
     """The saving for these very inputs."""
-    plain, joined = (count(m, draw, dtype) for m in (original, fused))
+    plain, joined = (count(m, counted.draw, dtype) for m in counted[:2])
     return Saving(plain.traffic - joined.traffic, plain.activations - joined.activations, "batch")
 
 
 def count(module: nn.Module, draw: Draw, dtype: torch.dtype) -> Bytes:
     """What a forward and a backward pass of a copy of ``module`` in ``dtype`` move and keep."""
     module = copy.deepcopy(module).to(dtype).train()
-    inputs = [_leaf(t, dtype, i < len(draw.inputs) - draw.tables) for i, t in enumerate(draw.inputs)]
+    inputs = [leaf(t, dtype, i < len(draw.inputs) - draw.tables) for i, t in enumerate(draw.inputs)]
     traffic, kept = _Traffic(), dict[int, Tensor]()
 
     def keep(tensor: Tensor) -> Tensor:
@@ -94,12 +94,12 @@ def count(module: nn.Module, draw: Draw, dtype: torch.dtype) -> Bytes:
     with dispatch.counted(traffic.launch):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), traffic:
             outputs = module.forward(*inputs)
-        results = [y for y in _tensors(outputs) if y.requires_grad]
+        results = [y for y in tensors(outputs) if y.requires_grad]
         leaves = [t for t in (*inputs, *module.parameters()) if t.requires_grad]
         cotangents = [torch.ones_like(y) for y in results]
         with traffic:
             torch.autograd.grad(results, leaves, cotangents, allow_unused=True)
-    others = {_storage(t) for t in (*module.parameters(), *module.buffers(), *_tensors(outputs))}
+    others = {_storage(t) for t in (*module.parameters(), *module.buffers(), *tensors(outputs))}
     return Bytes(traffic.bytes, sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in others))
 
 
@@ -113,26 +113,26 @@ class _Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``; a view moves nothing."""
         outputs = func(*args, **(kwargs or {}))
-        operands = list(_tensors((args, kwargs)))
+        operands = list(tensors((args, kwargs)))
         inside = {_storage(t) for t in operands}
-        written = [t for t in _tensors(outputs) if func._schema.is_mutable or _storage(t) not in inside]
+        written = [t for t in tensors(outputs) if func._schema.is_mutable or _storage(t) not in inside]
         if written:
             self._add(operands)
             self._add(written)
         return outputs
 
-    def launch(self, function: Callable[..., Any], tensors: Sequence[Tensor | None]) -> Any:
+    def launch(self, function: Callable[..., Any], arguments: Sequence[Tensor | None]) -> Any:
         """Run ``function`` as one launch: what it makes on the way is not moved."""
         with _disable_current_modes():
-            outputs = function(*tensors)
-        operands = list(_tensors(tensors))
+            outputs = function(*arguments)
+        operands = list(tensors(arguments))
         inside = {_storage(t) for t in operands}
         self._add(operands)
-        self._add(t for t in _tensors(outputs) if _storage(t) not in inside)
+        self._add(t for t in tensors(outputs) if _storage(t) not in inside)
         return outputs
 
-    def _add(self, tensors: Any) -> None:
-        for tensor in {id(t): t for t in tensors}.values():
+    def _add(self, moved: Any) -> None:
+        for tensor in {id(t): t for t in moved}.values():
             sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
             elements = tensor.element_size() if tensor.numel() else 0
             for size in sizes:
@@ -140,13 +140,15 @@ class _Traffic(TorchDispatchMode):
             self.bytes += elements
 
 
-def _leaf(tensor: Tensor, dtype: torch.dtype, differentiable: bool) -> Tensor:
+def leaf(tensor: Tensor, dtype: torch.dtype, differentiable: bool) -> Tensor:
+    """A copy to differentiate by, or not."""
     if not tensor.is_floating_point():
         return tensor
     return tensor.to(dtype, copy=True).detach().requires_grad_(differentiable)
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors(values: Any) -> Iterator[Tensor]:
+    """Every tensor in what a module took or returned."""
     return (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 

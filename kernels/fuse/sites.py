@@ -35,6 +35,7 @@ class Site(ABC):
     operator: ClassVar[str]
     #: As of :class:`Joint`.
     slack: ClassVar[float] = 2.0
+    tables: ClassVar[int] = 0
 
     @property
     def part(self) -> str:
@@ -67,6 +68,14 @@ class Site(ABC):
         """As of :class:`Joint`, of a trial."""
         draw = self.draws(sample)[0]
         return Counted(original, fused, draw, draw.inputs[0].numel())
+
+    @abstractmethod
+    def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What of the arguments of the fused function the trial takes."""
+
+    def given(self, original: nn.Module, fused: nn.Module, inputs: tuple[Tensor, ...]) -> Counted:
+        """A trial on operands that a model gave it."""
+        return Counted(original, fused, Draw("the example's", inputs, self.tables), inputs[0].numel())
 
     def measure(self, module: nn.Module) -> Measure:
         """As of :class:`Joint`."""

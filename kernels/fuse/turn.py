@@ -23,6 +23,7 @@ class Turn(Site):
     """The function that rotates, as the source names it, and which pairs it forms."""
 
     operator: ClassVar[str] = "rope"
+    tables: ClassVar[int] = 2
     rotate: str
     interleaved: bool
 
@@ -58,6 +59,10 @@ class Turn(Site):
             Draw("a batch-shared", (x, pairs[0, 0].cos(), pairs[0, 0].sin())),
             Draw("a large", (1e3 * x, pairs.cos(), pairs.sin())),
         ]
+
+    def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """All but the function that rotates."""
+        return args[1:]
 
     def fused(self) -> Callable[..., Any]:
         """``rope`` of ordinary tensors, in the dtype that the sum has."""
