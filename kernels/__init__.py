@@ -4,6 +4,7 @@ from .dispatch import use_backend as use_backend
 from .fuse import FusionReport as FusionReport
 from .fuse import fold as fold
 from .fuse import fuse as fuse
+from .fuse import fused as fused
 from .fuse import plan as plan
 from .fuse import unfold as unfold
 from .fuse import unfuse as unfuse

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -11,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .joint import Joint
-from .rewritten import Rewritten
+from .joint import Joint, as_original
+from .rewritten import rewriting
 from .rotary import Rotary
 from .sites import Site
 
@@ -28,7 +27,7 @@ class Place(NamedTuple):
 Reached = dict[int, tuple[Tensor, ...] | None]
 
 
-def reached(model: nn.Module, example: Any, places: Sequence[Place], together: Callable[..., Joint]) -> Reached:
+def reached(model: nn.Module, example: Any, places: Sequence[Place]) -> Reached:
     """What the joint of each place is given when the model runs once on the example, by the place's number.
 
     The hooks of the model run with it; its buffers and classes are then what they were.
@@ -37,7 +36,6 @@ def reached(model: nn.Module, example: Any, places: Sequence[Place], together: C
         model: runs without gradients, as it is set, in training or not.
         example: the model's argument, or a tuple or list of its arguments, or a mapping of them by name.
         places: where to look.
-        together: the joint that all those found at one module make.
 
     Raises:
         ValueError: if the model does not run on the example.
@@ -54,9 +52,7 @@ def reached(model: nn.Module, example: Any, places: Sequence[Place], together: C
         for numbers in sites.values():
             module = places[numbers[0]].module
             joints = [places[number].joint for number in numbers]
-            stack.enter_context(
-                _watched(module, together(joints), _watch(found, dict(zip(joints, numbers, strict=True))))
-            )
+            stack.enter_context(_watched(module, joints, _watch(found, dict(zip(joints, numbers, strict=True)))))
         _run(model, example)
     return found
 
@@ -109,16 +105,12 @@ def _hook(module: nn.Module, note: Callable[..., None]) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(module: nn.Module, joint: Joint, watch: Callable[..., Any]) -> Iterator[None]:
+def _watched(module: nn.Module, joints: Sequence[Joint | Site], watch: Callable[..., Any]) -> Iterator[None]:
     """A class for the time being, whose places are watched."""
-    original = type(module)
-    rewritten = joint if isinstance(joint, Rewritten) else Rewritten((), joint if isinstance(joint, Rotary) else None)
-    members = rewritten.members(original, watch)
-    module.__class__ = types.new_class(original.__name__, (original,), exec_body=lambda space: space.update(members))
-    try:
+    with as_original(module) as original:
+        members = rewriting(joints).members(original, watch)
+        module.__class__ = type(original)(original.__name__, (original,), members)
         yield
-    finally:
-        module.__class__ = original
 
 
 @contextmanager

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from .choices import Choice, checked, matches
 from .example import Place
-from .joint import Joint, fused_class, fusion
+from .joint import fused_class, fusion
 from .refine import Refined, refine
 from .report import FusionReport, Record
-from .rewritten import Rewritten
-from .rotary import Rotary
+from .rewritten import joined, together
 from .sample import quiet
 from .search import Found, Search
-from .sites import Site
 
 
 def fuse(
@@ -152,7 +151,7 @@ def _chosen(place: _Place, choices: tuple[Choice, ...]) -> bool:
 
 def _refined(model: nn.Module, example: Any, places: list[_Place], tune: bool) -> dict[int, Refined]:
     found = {n: Place(one.module, one.found.joint) for n, one in enumerate(places) if one.found.joint is not None}
-    return dict(zip(found, refine(model, example, list(found.values()), _together, tune), strict=True))
+    return dict(zip(found, refine(model, example, list(found.values()), tune), strict=True))
 
 
 def _record(place: _Place, refined: Refined | None) -> Record:
@@ -168,8 +167,58 @@ def _record(place: _Place, refined: Refined | None) -> Record:
 
 
 def _fused(places: list[_Place]) -> type:
+    """The class for all these places at one module, and for those of an earlier call."""
+    module = places[0].module
     joints = [place.found.joint for place in places if place.found.joint is not None]
-    return fused_class(type(places[0].module), _together(joints))
+    made = fusion(module)
+    if made is None:
+        return fused_class(type(module), together(joints))
+    return fused_class(made.original, together([*joined(made.joint), *joints]))
+
+
+@contextmanager
+def fused(
+    model: nn.Module,
+    *,
+    skip: Iterable[Choice] = (),
+    only: Iterable[Choice] | None = None,
+    example: Any = None,
+    tune: bool = False,
+) -> Iterator[FusionReport]:
+    """``with fused(model) as report:`` swaps as :func:`fuse` does, and undoes what it swapped when the block ends.
+
+    What was fused before stays fused; blocks may be nested.
+
+    Args:
+        model: as in :func:`fuse`.
+        skip: as in :func:`fuse`.
+        only: as in :func:`fuse`.
+        example: as in :func:`fuse`.
+        tune: as in :func:`fuse`.
+
+    Yields:
+        The report of :func:`fuse`.
+
+    Raises:
+        RuntimeError: at the end of the block, if a class that it gave has been changed again; nothing is undone then.
+        TypeError: as :func:`fuse`.
+        ValueError: as :func:`fuse`.
+    """
+    records, swaps = _search("fused", model, skip, only, example, tune)
+    before = [(module, type(module)) for module, _ in swaps]
+    _swap(swaps)
+    try:
+        yield FusionReport(records)
+    finally:
+        undo = []
+        for (module, cls), (_, own) in zip(swaps, before, strict=True):
+            if type(module) not in (cls, own):
+                raise RuntimeError(
+                    f"fused: the class of a {own.__name__} must be the one that fused gave it when the block ends, but "
+                    "was changed since; undo that change inside the block"
+                )
+            undo.append((module, own))
+        _swap(undo)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -191,15 +240,6 @@ def unfuse(model: nn.Module) -> None:
             )
         swaps.append((module, made.original))
     _swap(swaps)
-
-
-def _together(chosen: list[Joint | Site]) -> Joint:
-    """One joint of all that was chosen at a module."""
-    places = tuple(one for one in chosen if isinstance(one, Site))
-    joints = [one for one in chosen if isinstance(one, Joint)]
-    if not places:
-        return joints[0]
-    return Rewritten(places, next((one for one in joints if isinstance(one, Rotary)), None))
 
 
 def _swap(swaps: list[tuple[nn.Module, type]]) -> None:

@@ -11,7 +11,8 @@ import copy
 import copyreg
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -117,6 +118,18 @@ def fusion(module: nn.Module) -> Fusion | None:
     """What the class of ``module`` was fused from; None if it is not fused."""
     found: Fusion | None = getattr(type(module), "_braze_fusion", None)
     return found
+
+
+@contextmanager
+def as_original(module: nn.Module) -> Iterator[type]:
+    """The module has its own class for a while; yields that."""
+    cls, made = type(module), fusion(module)
+    original = cls if made is None else made.original
+    module.__class__ = original
+    try:
+        yield original
+    finally:
+        module.__class__ = cls
 
 
 _made: dict[tuple[type, Joint], type] = {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .example import Place, reached
-from .joint import Joint
+from .joint import Joint, as_original
 from .sample import Refused, Sample, quiet
 from .savings import Counted, Saving, saving_of_batch
 from .sites import Site
@@ -29,9 +29,7 @@ class Refined(NamedTuple):
     timing: Timing | None = None
 
 
-def refine(
-    model: nn.Module, example: Any, places: Sequence[Place], together: Callable[..., Joint], tune: bool
-) -> list[Refined]:
+def refine(model: nn.Module, example: Any, places: Sequence[Place], tune: bool) -> list[Refined]:
     """For each place what the example says of it.
 
     Activations of every place are verified. Counted and timed is once for all places of one kind and shape; timed is a
@@ -41,7 +39,7 @@ def refine(
         ValueError: if the model does not run on the example.
     """
     with quiet(model):
-        given = reached(model, example, places, together)
+        given = reached(model, example, places)
         trials = [_trial(model, place, given.get(n)) for n, place in enumerate(places)]
         found = [_verified(trial, NOT_REACHED if n not in given else OTHER_CALL) for n, trial in enumerate(trials)]
         savings: dict[Hashable, Saving] = {}
@@ -67,13 +65,13 @@ def _trial(model: nn.Module, place: Place, inputs: tuple[Tensor, ...] | None) ->
     if inputs is None:
         return None
     module, joint = place
-    shapes = tuple((t.shape, t.dtype, t.stride()) for t in inputs)
-    key = (type(joint), joint.key(module), shapes)
-    if isinstance(joint, Site):
-        original, fused, sample = joint.trial(module, model)
-        return _Trial(key, joint.given(original, fused, inputs), sample, joint)
-    sample = Sample(module, model, {} if joint.copied else None)
-    return _Trial(key, joint.given(sample, inputs), sample, joint)
+    with as_original(module):  # of a forward that was rewritten before, the source is in that
+        key = (type(joint), joint.key(module), *((t.shape, t.dtype, t.stride()) for t in inputs))
+        if isinstance(joint, Site):
+            original, fused, sample = joint.trial(module, model)
+            return _Trial(key, joint.given(original, fused, inputs), sample, joint)
+        sample = Sample(module, model, {} if joint.copied else None)
+        return _Trial(key, joint.given(sample, inputs), sample, joint)
 
 
 def _verified(trial: _Trial | None, why_not: str) -> Refined:

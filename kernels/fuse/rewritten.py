@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -68,6 +68,26 @@ class Rewritten(Joint):
     def draws(self, sample: Sample) -> list[Draw]:
         """Of each site its own."""
         return []
+
+
+def joined(joint: Joint) -> list[Joint | Site]:
+    """The joints of a rewritten forward one by one; of a joint that is a module as a whole, none."""
+    if isinstance(joint, Rewritten):
+        return [*([] if joint.rotary is None else [joint.rotary]), *joint.sites]
+    return [joint] if isinstance(joint, Rotary) else []
+
+
+def together(joints: Sequence[Joint | Site]) -> Joint:
+    """One joint of all those at a module."""
+    whole = next((one for one in joints if isinstance(one, Joint)), None)
+    made = rewriting(joints)
+    return made if made.sites or whole is None else whole
+
+
+def rewriting(joints: Sequence[Joint | Site]) -> Rewritten:
+    """The forward with all these, in whatever order they were found."""
+    places = sorted((one for one in joints if isinstance(one, Site)), key=lambda site: (site.unit, site.numbers))
+    return Rewritten(tuple(places), next((one for one in joints if isinstance(one, Rotary)), None))
 
 
 def _callees_first(parts: dict[str, Unit]) -> list[str]:

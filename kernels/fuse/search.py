@@ -13,10 +13,10 @@ from .channel_norms import ChannelNorm
 from .folded import fold_of
 from .gated_mlp import GatedMLP
 from .heads import OutputHead
-from .joint import Joint, fusion
+from .joint import Fusion, Joint, as_original, fused_class, fusion
 from .losses import CausalLoss, CrossEntropy, SoftmaxModule
 from .norms import Norm
-from .rewritten import Verdict, examine, sites
+from .rewritten import Verdict, examine, joined, sites
 from .rotary import Rotary
 from .sample import Refused, Sample
 from .savings import Saving, saving
@@ -73,7 +73,8 @@ class Search:
             return []
         made = fusion(module)
         if made is not None:
-            return [Found("already fused", operator, part=part) for operator, part in made.joint.parts()]
+            done = [Found("already fused", operator, part=part) for operator, part in made.joint.parts()]
+            return done + self._remaining(module, made)
         if type(module).__module__.startswith(_PACKAGE + ".ops."):
             return [Found("already fused", "", "a braze module")]
         whole = self._as_a_whole(module)
@@ -86,6 +87,14 @@ class Search:
             return [whole]
         # The helper that is replaced as a whole holds what would be sites otherwise.
         return [whole, *(found for found in self._inside(module) if found.operator != whole.operator)]
+
+    def _remaining(self, module: nn.Module, made: Fusion) -> list[Found]:
+        """What an earlier call was told to leave, in a forward that it has rewritten."""
+        places = joined(made.joint)
+        if not places or type(module) is not fused_class(*made):
+            return []
+        with as_original(module):
+            return [found for found in self.joints(module) if found.joint is not None and found.joint not in places]
 
     def _as_a_whole(self, module: nn.Module) -> Found | None:
         left = None
