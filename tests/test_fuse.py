@@ -418,7 +418,7 @@ def test_the_report_prints_groups_and_is_json(llama):
     assert "11 of 11 joints fused" in text
     (first, *_) = records = json.loads(json.dumps(report.as_dicts()))
     assert len(records) == 11
-    assert first.keys() == {"path", "was", "now", "status", "reason", "check", "saving"}
+    assert first.keys() == {"path", "was", "now", "status", "reason", "check", "saving", "timing"}
     assert all(0 <= record["check"]["error"] <= record["check"]["budget"] for record in records)
 
 

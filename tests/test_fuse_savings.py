@@ -125,12 +125,13 @@ def test_a_head_saves_its_logits():
 
 
 def test_the_report_adds_up_what_is_saved_and_prints_it():
-    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()), nn.LayerNorm(8))
-    report = plan(model)
-    (norm, row) = records = json.loads(json.dumps(report.as_dicts()))
+    image = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+    report = plan(nn.Sequential(image, nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(5)))
+    (norm, row, head) = records = json.loads(json.dumps(report.as_dicts()))
     # ReLU reads and writes, and in the backward pass reads twice and writes; the norm reads and writes what it did.
     assert norm["saving"] == {"traffic": 5 * 4 * 8, "activations": 0, "unit": "pixel"}
     assert row["saving"]["traffic"] == 0
-    assert report.savings.keys() == {"pixel", "token"}
+    assert (row["saving"]["unit"], head["saving"]["unit"]) == ("token", "row")  # of heads of five
+    assert report.savings.keys() == {"pixel", "token", "row"}
     assert report.savings["pixel"].traffic == sum(r["saving"]["traffic"] for r in records)
     assert "saves 160 B/pixel of traffic, 0 B/pixel of activations" in str(report)

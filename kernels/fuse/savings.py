@@ -31,7 +31,8 @@ class Saving:
 
     traffic: float
     activations: float
-    unit: str  #: "token", "pixel", or "element" of the joint's input where its width is not known; "batch": all of it
+    #: "token", "pixel", "row" of a norm of heads, or "element" of an input of unknown width; "batch": the example.
+    unit: str
 
     def of(self, measure: Measure) -> Saving:
         """Of a unit, where this is that of an element."""

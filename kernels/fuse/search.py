@@ -19,7 +19,7 @@ from .norms import Norm
 from .rewritten import Verdict, examine, joined, sites
 from .rotary import Rotary
 from .sample import Refused, Sample
-from .savings import Saving, saving
+from .savings import Measure, Saving, saving
 from .sites import Site
 from .verify import Check, verify
 
@@ -64,6 +64,7 @@ class Search:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.candidates = {joint_type: joint_type.candidates(root) for joint_type in JOINTS}
+        self.widths = {getattr(module, "in_features", None) for module in root.modules()}
         self.known: dict[Hashable, Outcome] = {}
         self.examined: dict[Hashable, Verdict | str] = {}
 
@@ -112,11 +113,17 @@ class Search:
             outcome = self.known[key]
             if outcome.joint is not None:
                 joint, saved = outcome.joint, outcome.saving
-                saved = None if saved is None else saved.of(joint.measure(module))
+                saved = None if saved is None else saved.of(self._measure(joint, module))
                 return Found("fused", joint.operator, outcome.reason, outcome.check, joint, saving=saved)
             if outcome.reason:
                 left = Found("left", "", outcome.reason)
         return left
+
+    def _measure(self, joint: Joint, module: nn.Module) -> Measure:
+        """A norm of a width that no linear layer takes normalizes parts of a token: the rows of its heads."""
+        measure = joint.measure(module)
+        part = isinstance(joint, Norm) and measure.unit == "token" and measure.elements not in self.widths
+        return measure._replace(unit="row") if part else measure
 
     def _inside(self, module: nn.Module) -> list[Found]:
         # What a Hugging Face model records is decided by the classes of its inner models.
