@@ -239,11 +239,15 @@ def widen(model):
     model.double()
 
 
+def steady(model):
+    model.second.eps = 0.5
+
+
 def partly(model):
     model.load_state_dict({"second.running_var": torch.full((6,), 9.0)}, strict=False)
 
 
-@pytest.mark.parametrize("change", [load, assign, write, replace, widen, partly], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("change", [load, assign, write, replace, widen, partly, steady], ids=lambda f: f.__name__)
 def test_folded_numbers_follow_the_parameters(folded, change):
     plain = pair()
     for model in (folded, plain):
@@ -271,6 +275,29 @@ def test_gradients_reach_what_was_folded(folded):
         model(IMAGE).square().sum().backward()
     for got, expected in zip(folded.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got.grad, expected.grad)
+
+
+def test_numbers_made_in_inference_mode_serve_gradients_of_the_input(folded):
+    folded.requires_grad_(False)
+    with torch.inference_mode():
+        write(folded)
+        expected = folded(IMAGE)
+    x = IMAGE.clone().requires_grad_()
+    y = folded(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_a_norm_of_another_class_is_folded():
+    torchvision = pytest.importorskip("torchvision")
+    model = trained(Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)))
+    frozen = torchvision.ops.FrozenBatchNorm2d(6)
+    frozen.load_state_dict({k: t for k, t in model.second.state_dict().items() if k != "num_batches_tracked"})
+    model.second = frozen.eval()
+    plain = copy.deepcopy(model)
+    assert len(fold(model).folded) == 1
+    check(model, plain, IMAGE)
 
 
 def test_a_folded_model_compiles_without_a_break(folded):

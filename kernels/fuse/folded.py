@@ -30,7 +30,7 @@ class Fold:
     def __init__(self, layer: nn.Module, norm: nn.Module, norm_first: bool) -> None:
         self.layer, self.norm, self.norm_first = layer, norm, norm_first
         self.stand_in = _stand_in(layer)
-        self.seen: list[tuple[Tensor, int]] = []
+        self.seen: list[tuple[Any, int]] = []
         self.refresh()
 
     def sources(self) -> list[Tensor]:
@@ -40,12 +40,13 @@ class Fold:
 
     def refresh(self) -> None:
         """Make the folded numbers anew if what they come from is not what it was."""
-        found = [(t, 0 if t.is_inference() else t._version) for t in self.sources()]
+        found: list[tuple[Any, int]] = [(t, 0 if t.is_inference() else t._version) for t in self.sources()]
+        found.append((self.norm.eps, 0))
         same = len(found) == len(self.seen) and all(
             t is before and version == known for (t, version), (before, known) in zip(found, self.seen, strict=True)
         )
         if not same:
-            self._set(self.numbers())
+            self._make()
             self.seen = found
 
     def reload(self) -> None:
@@ -55,13 +56,15 @@ class Fold:
         """
         self.seen = []
         try:
-            self._set(self.numbers())
+            self._make()
         except Refused:
-            self._set({name: torch.full_like(t, torch.nan) for name, t in self.stand_in.named_parameters()})
+            for parameter in self.stand_in.parameters():
+                parameter.data = torch.full_like(parameter, torch.nan)
 
-    def _set(self, numbers: dict[str, Tensor]) -> None:
-        for name, value in numbers.items():
-            self.stand_in._parameters[name] = nn.Parameter(value.detach(), requires_grad=False)
+    def _make(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in self.numbers().items():
+                self.stand_in._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     def numbers(self) -> dict[str, Tensor]:
         """The folded weight and bias, computed in float64; gradients flow through.
@@ -139,7 +142,8 @@ class FoldedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer and the norm at once."""
         fold = _ready(self)
-        return fold.run(*args, **kwargs) if fold.holds(args[0]) else super().forward(*args, **kwargs)
+        x = next(iter((*args, *kwargs.values())))
+        return fold.run(*args, **kwargs) if fold.holds(x) else super().forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
         """In training the norm is none that could be folded."""
