@@ -307,6 +307,8 @@ def test_a_folded_model_compiles_without_a_break(folded):
         torch.testing.assert_close(compiled(IMAGE), folded(IMAGE))
         load(folded)
         torch.testing.assert_close(compiled(IMAGE), folded(IMAGE))
+        folded.double()
+        torch.testing.assert_close(compiled(IMAGE.double()), folded(IMAGE.double()))
 
 
 # ------------------------------------------------------------------------------ what is left alone

@@ -161,6 +161,19 @@ def test_only_what_is_faster_or_saves_memory_at_the_same_speed_is_kept(speeds):
     assert json.loads(json.dumps(report.as_dicts()))[0].keys() >= {"timing", "saving"}
 
 
+@pytest.mark.parametrize(
+    ("timing", "saves", "kept"),
+    [
+        ((0.9, 0.8, 0.99), False, True),
+        ((0.9, 0.8, 1.01), False, False),
+        ((1.1, 0.99, 1.2), True, True),
+        ((1.1, 1.01, 1.2), True, False),
+    ],
+)
+def test_the_whole_interval_decides(timing, saves, kept):
+    assert (tuning.verdict(tuning.Timing(*timing), saves) == "") == kept
+
+
 def test_in_evaluation_a_forward_pass_is_timed_and_memory_does_not_count(speeds):
     speeds["glu"] = [0.9, 1.0, 1.1]
     report = fuse(Model().eval(), example=X, tune=True)

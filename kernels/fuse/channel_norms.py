@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .joint import Joint, own_forward
 from .norm_act import ACTIVATIONS, OPERATORS, SLACK, draws, measure, normalized, of_pixels, suits
-from .sample import Draw, Exactly, Refused, Sample
+from .sample import Draw, Exactly, Refused, Sample, attributes_of, kind
 from .savings import Counted, Measure
 from .sites import activation, hooked
 
@@ -41,6 +42,16 @@ class ChannelNorm(Joint):
         return (
             isinstance(module, _BatchNorm) and own is not _BatchNorm.forward and not all(map(_idle, module.children()))
         )
+
+    @classmethod
+    def key(cls, module: nn.Module) -> Hashable:
+        """Of batch norms the number of channels does not count: a DenseNet has one for almost every norm."""
+        if isinstance(module, nn.GroupNorm):
+            return kind(module)
+        attributes = tuple(one for one in attributes_of(module) if one[0] != "num_features")
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        dtypes = tuple((name, t.dtype, t.device.type) for name, t in tensors)
+        return type(module), attributes, dtypes, tuple((name, kind(child)) for name, child in module.named_children())
 
     @classmethod
     def recognise(cls, sample: Sample) -> ChannelNorm | None:

@@ -98,11 +98,15 @@ class Sample:
 
 def kind(module: nn.Module) -> Hashable:
     """Equal for modules that compute the same function of their parameters and input, as far as attributes tell."""
-    attributes = tuple((name, _value(value)) for name, value in sorted(vars(module).items()) if name[:1] != "_")
     tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     shapes = tuple((name, tuple(t.shape), t.dtype, t.device.type) for name, t in tensors)
     children = tuple((name, kind(child)) for name, child in module.named_children())
-    return type(module), attributes, shapes, children
+    return type(module), attributes_of(module), shapes, children
+
+
+def attributes_of(module: nn.Module) -> tuple[tuple[str, Hashable], ...]:
+    """The public attributes, without tensors and children: plain values, and the identity of others."""
+    return tuple((name, _value(value)) for name, value in sorted(vars(module).items()) if name[:1] != "_")
 
 
 def _value(value: Any) -> Hashable:
