@@ -117,13 +117,13 @@ def _watched(module: nn.Module, joints: Sequence[Joint | Site], watch: Callable[
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Buffers hold afterwards what they held before: a norm in training moves its statistics."""
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    values = {id(b): b.clone() for _, own in buffers for b in own.values() if b is not None}
+    tensors = [b for _, own in buffers for b in own.values() if b is not None and not b.is_inference()]
+    values = [(b, b.clone()) for b in tensors]
     try:
         yield
     finally:
+        for module, own in buffers:
+            module._buffers.update(own)
         with torch.no_grad():
-            for module, own in buffers:
-                module._buffers.update(own)
-                for buffer in own.values():
-                    if buffer is not None:
-                        buffer.copy_(values[id(buffer)])
+            for buffer, value in values:
+                buffer.copy_(value)

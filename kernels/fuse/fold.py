@@ -66,7 +66,7 @@ def fold(model: nn.Module, *, skip: Iterable[Choice] = (), only: Iterable[Choice
     with quiet(model):
         records, folds = _search(model, norms, skip, only)
     _apply(folds)
-    return FusionReport(records)
+    return FusionReport(records, "folded")
 
 
 def unfold(model: nn.Module) -> None:

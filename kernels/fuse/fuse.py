@@ -42,7 +42,8 @@ def fuse(
         only: the same; if given, nothing else is touched.
         example: what the model takes: a tensor, a tuple or list of its arguments, or a mapping of them by name. The
             model runs on it once, without gradients, in the mode that it is in; its hooks run, its buffers stay. Joints
-            are then verified on the activations that reach them too, and savings are told for this batch.
+            are then verified on the activations that reach them too (copies of all of them are kept until then), and
+            savings are told for this batch.
         tune: time every kind of swap on the example's shapes on this device, original and fused in turns (a training
             step of the joint where the model is in training, else a forward pass), and keep what is faster, or as fast
             (within a 97 % interval) with less memory kept for the backward pass. On the CPU it waits for the compiler.
@@ -84,9 +85,8 @@ def plan(
         ValueError: as :func:`fuse`.
     """
     records, _ = _search("plan", model, skip, only, example, tune)
-    return FusionReport(
-        [dataclasses.replace(one, status="planned") if one.status == "fused" else one for one in records]
-    )
+    planned = [dataclasses.replace(one, status="planned") if one.status == "fused" else one for one in records]
+    return FusionReport(planned, "planned")
 
 
 class _Place(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
@@ -28,10 +27,13 @@ class Record:
 
 
 class FusionReport:
-    """The records of one call of ``fuse``, in the order of the modules; printing it groups equal ones."""
+    """The records of one call of ``fuse``, ``plan`` or ``fold``, in the order of the modules; printed, it groups them.
 
-    def __init__(self, records: list[Record]) -> None:
-        self.records = records
+    ``done`` is the status of what that call did.
+    """
+
+    def __init__(self, records: list[Record], done: str = "fused") -> None:
+        self.records, self.done = records, done
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)
@@ -74,10 +76,9 @@ class FusionReport:
         widths = [*(max(map(len, column)) for column in shown[:-1]), 0]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*shown, strict=True)]
         lines.insert(1, "─" * max(map(len, lines)))
-        counts = collections.Counter(record.status for record in self.records)
-        done = next((name for name in ("planned", "folded") if counts[name]), "fused")
-        found = f"{counts[done]} of {len(self.records)} joint{'s' * (len(self.records) != 1)}"
-        lines.append(f"{found} {'would be fused' if done == 'planned' else done}")
+        count = sum(record.status == self.done for record in self.records)
+        found = f"{count} of {len(self.records)} joint{'s' * (len(self.records) != 1)}"
+        lines.append(f"{found} {'would be fused' if self.done == 'planned' else self.done}")
         lines += [f"saves {_moved(one)} of traffic, {_kept(one)} of activations" for one in self.savings.values()]
         return "\n".join(lines)
 
