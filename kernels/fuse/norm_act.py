@@ -139,7 +139,7 @@ class NormAct(Site):
                 yield from cls._made(module, unit, outer[0], inner[0], (numbers[id(node)],))
             for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
                 for row in _rows(block if isinstance(block, list) else []):
-                    norm, *between, act = (_step(statement) for statement in row)
+                    norm, *between, act = (step(statement) for statement in row)
                     if norm is not None and act is not None and all(_idle(module, f) for f in between if f):
                         places = tuple(numbers[id(statement)] for statement in row)
                         idle = tuple(ast.unparse(f) for f in between if f)
@@ -235,7 +235,7 @@ def _rows(block: list[ast.stmt]) -> Iterator[list[ast.stmt]]:
     for start, first in enumerate(block):
         row = [first]
         for statement in block[start + 1 : start + 3]:
-            if _step(first) is None or _step(statement) is None or not _continues(first, statement):
+            if step(first) is None or step(statement) is None or not _continues(first, statement):
                 break
             row.append(statement)
             yield list(row)
@@ -247,7 +247,7 @@ def _continues(first: Any, then: Any) -> bool:
     return bool(then.targets[0].id == target and isinstance(argument, ast.Name) and argument.id == target)
 
 
-def _step(statement: ast.stmt) -> ast.expr | None:
+def step(statement: ast.stmt) -> ast.expr | None:
     """The function f of ``name = f(x)``."""
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
         call = called(statement.value)

@@ -13,6 +13,7 @@ from .complex_turn import ComplexTurn
 from .gate import Gate
 from .joint import Joint, unwatched
 from .norm_act import InSequence, NormAct, in_sequence
+from .norm_add_act import NormAddAct
 from .rotary import Rotary
 from .sample import Draw, Refused, Sample
 from .savings import Saving, saving
@@ -21,7 +22,7 @@ from .source import rewritten
 from .turn import Turn
 from .verify import Check, verify
 
-KINDS: tuple[type[Site], ...] = (Turn, ComplexTurn, Gate, NormAct)
+KINDS: tuple[type[Site], ...] = (Turn, ComplexTurn, Gate, NormAddAct, NormAct)
 
 
 @dataclass(frozen=True)
