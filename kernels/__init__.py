@@ -2,8 +2,11 @@
 
 from .dispatch import use_backend as use_backend
 from .fuse import FusionReport as FusionReport
+from .fuse import fold as fold
 from .fuse import fuse as fuse
+from .fuse import fused as fused
 from .fuse import plan as plan
+from .fuse import unfold as unfold
 from .fuse import unfuse as unfuse
 from .ops.add_modulated_norm import ADD_MODULATED_LAYER_NORM, ADD_MODULATED_RMS_NORM
 from .ops.add_modulated_norm import add_modulated_layer_norm as add_modulated_layer_norm

@@ -13,7 +13,8 @@ import functools
 import itertools
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,8 +53,25 @@ def compiled(reference: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+_launch: Callable[..., Any] | None = None
+
+
+@contextmanager
+def uncompiled(launch: Callable[..., Any]) -> Iterator[None]:
+    """Compiled calls become ``launch(function, tensors)``, with the options bound."""
+    global _launch
+    _launch = launch
+    try:
+        yield
+    finally:
+        _launch = None
+
+
 def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Any:
     """``function(*tensors, **options)``, compiled, with no record for autograd; the options become constants."""
+    if _launch is not None:
+        with torch.no_grad():
+            return _launch(functools.partial(function, **options), [None if t is None else t.detach() for t in tensors])
     surroundings = (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from . import sharding
-from .compiled import compiled
+from .compiled import compiled, uncompiled
 from .op import Op
 
 BACKENDS = ("eager", "compile", "triton")
@@ -61,6 +61,7 @@ class Choice(NamedTuple):
 
 
 _forced: str | None = None
+_counted = False
 
 
 @contextmanager
@@ -81,6 +82,21 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def counted(launch: Callable[..., Any]) -> Iterator[None]:
+    """Operators run their compiled form, uncompiled: ``launch(function, tensors)`` in the place of each compiled call.
+
+    Also where a dispatch mode is active, which then sees what is around these calls: for counting what they move.
+    """
+    global _counted
+    _counted = True
+    try:
+        with uncompiled(launch), use_backend("compile"):
+            yield
+    finally:
+        _counted = False
 
 
 def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
@@ -156,7 +172,7 @@ def unavailable(op: Dispatched, backend: str, device: str, dtype: torch.dtype) -
     """Why ``op`` cannot run ``backend`` on such tensors, and what would help; None if it can."""
     if backend != "eager" and device == "meta":
         return "meta tensors have no data to run a kernel on; only the plain form gives their shapes"
-    if backend == "compile" and device == "cpu" and not _cpp_compiler():
+    if backend == "compile" and device == "cpu" and not _counted and not _cpp_compiler():
         return "torch.compile needs a C++ compiler; install g++, or name yours in the environment variable CXX"
     if backend == "triton":
         if "triton" not in op.impls:
@@ -185,7 +201,7 @@ def seen_into(tensors: list[Tensor]) -> str | None:
         return "a tensor subclass defines its own operations"
     if any(t.layout != torch.strided or t.is_nested or t.is_neg() for t in tensors):
         return "a sparse, nested or lazily negated tensor is more than the memory that a kernel reads"
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() > 0 and not _counted:
         return "an active dispatch mode wants to see the plain operations"
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms the plain operations"

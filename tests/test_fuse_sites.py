@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import pickle
 
 import pytest
@@ -173,6 +174,20 @@ def test_norms_in_a_sequential_count_and_average_as_before(momentum):
     for got, expected in zip(model.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(got, expected)
     torch.testing.assert_close(model.eval()(x), plain.eval()(x))
+
+
+def test_norms_of_many_widths_that_hold_their_activation_are_verified_once(monkeypatch):
+    timm = pytest.importorskip("timm")
+    search = importlib.import_module("braze.kernels.fuse.search")
+    calls = []
+    verify = search.verify
+    monkeypatch.setattr(search, "verify", lambda *args: calls.append(args) or verify(*args))
+    norms = [timm.layers.BatchNormAct2d(n, apply_act=act) for n, act in ((4, True), (6, True), (9, True), (6, False))]
+    model, x = nn.ModuleList(norms), torch.randn(3, 9, 2, 2)
+    plain = copy.deepcopy(model)
+    assert operators(fuse(model)) == ["batch_norm_act"] * 3
+    assert len(calls) == 1
+    torch.testing.assert_close(model[2](x), plain[2](x))
 
 
 def test_hooks_inside_a_site_fire_and_a_module_put_in_later_runs():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,8 +12,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .joint import Joint, own_forward
-from .norm_act import ACTIVATIONS, OPERATORS, SLACK, draws, normalized, suits
-from .sample import Draw, Exactly, Refused, Sample
+from .norm_act import ACTIVATIONS, OPERATORS, SLACK, draws, measure, normalized, of_pixels, suits
+from .sample import Draw, Exactly, Refused, Sample, attributes_of, kind
+from .savings import Counted, Measure
 from .sites import activation, hooked
 
 
@@ -40,6 +42,16 @@ class ChannelNorm(Joint):
         return (
             isinstance(module, _BatchNorm) and own is not _BatchNorm.forward and not all(map(_idle, module.children()))
         )
+
+    @classmethod
+    def key(cls, module: nn.Module) -> Hashable:
+        """Of batch norms the number of channels does not count: a DenseNet has one for almost every norm."""
+        if isinstance(module, nn.GroupNorm):
+            return kind(module)
+        attributes = tuple(one for one in attributes_of(module) if one[0] != "num_features")
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        dtypes = tuple((name, t.dtype, t.device.type) for name, t in tensors)
+        return type(module), attributes, dtypes, tuple((name, kind(child)) for name, child in module.named_children())
 
     @classmethod
     def recognise(cls, sample: Sample) -> ChannelNorm | None:
@@ -81,6 +93,14 @@ class ChannelNorm(Joint):
     def draws(self, sample: Sample) -> list[Draw]:
         """Images with other means and scales."""
         return draws(sample)
+
+    def counted(self, sample: Sample) -> Counted:
+        """Twice the pixels, and not the images."""
+        return of_pixels(super().counted(sample))
+
+    def measure(self, module: nn.Module) -> Measure:
+        """The channels of a pixel."""
+        return measure(module)
 
 
 def _idle(child: nn.Module) -> bool:

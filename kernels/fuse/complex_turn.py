@@ -20,6 +20,7 @@ class ComplexTurn(Site):
     """Pairs of neighbours, each as a complex number, times a complex table."""
 
     operator: ClassVar[str] = "rope"
+    tables: ClassVar[int] = 1
 
     @classmethod
     def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
@@ -44,10 +45,14 @@ class ComplexTurn(Site):
         x, angles = sample.randn(2, 4, 6, 8, 2), sample.randn(2, 1, 6, 8, 1)
         turns = torch.cat([angles.cos(), angles.sin()], -1)
         return [
-            Draw("an ordinary", (x, turns)),
+            Draw("an ordinary", (x, turns), tables=1),
             Draw("a free", (x, sample.randn(2, 1, 6, 8, 2))),
             Draw("a batch-shared", (x, turns[0, 0])),
         ]
+
+    def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Both, in pairs of real numbers."""
+        return tuple(torch.view_as_real(t) if _plain(t) else None for t in args)
 
     def fused(self) -> Callable[..., Any]:
         """``rope`` of the pairs, where the second factor is the table."""

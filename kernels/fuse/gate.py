@@ -66,6 +66,10 @@ class Gate(Site):
             Draw("a broadcast", (sample.randn(2, 5, 1), sample.randn(2, 5, 32))),
         ]
 
+    def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The gate, and what it multiplies."""
+        return args[1:] if self.first else (args[2], args[0])
+
     def fused(self) -> Callable[..., Any]:
         """``glu`` of two ordinary tensors of one shape and dtype."""
         act_type, name = self.act_type, self.activation

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..ops.glu import glu
 from .joint import Joint, own_forward, takes
 from .sample import Draw, Exactly, Refused, Sample
+from .savings import Counted, Measure
 
 #: Parameters of the largest module that is copied at its full size.
 LARGEST_COPY = 2**22
@@ -108,6 +109,15 @@ class GatedMLP(Joint):
             Draw("a large", (20.0 * sample.randn(2, 5, width),)),
             Draw("a shifted", (sample.randn(2, 5, width) + 2.0,)),
         ]
+
+    def counted(self, sample: Sample) -> Counted:
+        """An element between the layers: the linear layers themselves cost the same, fused or not."""
+        counted = super().counted(sample)
+        return counted._replace(elements=10 * _shape(sample.module.get_submodule(self.gate))[1])
+
+    def measure(self, module: nn.Module) -> Measure:
+        """What is between the layers, of one token."""
+        return Measure("token", _shape(module.get_submodule(self.gate))[1])
 
 
 def features(module: nn.Module) -> int:

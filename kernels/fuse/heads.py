@@ -8,6 +8,7 @@ embedding, and one with many times more features out than in, if the model has n
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 
 from .. import dispatch
 from ..ops.autocast import autocasting
+from ..ops.cross_entropy import cross_entropy
 from .deferred import defer
-from .joint import Joint, takes
+from .joint import Joint, fused_class, takes
+from .losses import output_embeddings
 from .sample import Draw, Refused, Sample
+from .savings import Counted, Measure
 
 #: Classes per feature, from which on a linear layer is taken for a head. MLPs widen by 4, seldom by 8, and in pairs.
 WIDENS = 8
@@ -38,14 +42,16 @@ class OutputHead(Joint):
 
     hint: ClassVar[str] = "head"
     operator: ClassVar[str] = "linear_cross_entropy"  # type: ignore[misc]
-    note: ClassVar[str] = "logits deferred, but not under torch.compile, torch.export, no_grad and inference_mode"
+    note: ClassVar[str] = (
+        "logits of 16 MiB or more deferred, but not under torch.compile, torch.export, no_grad and inference_mode"
+    )
     smallest: int
 
     @classmethod
     def candidates(cls, root: nn.Module) -> set[int]:
         """The output embeddings, whatever their class, and linear layers that are like them."""
         modules = list(root.modules())
-        found = {id(head) for module in modules if (head := _output_embeddings(module)) is not None}
+        found = {id(head) for module in modules if (head := output_embeddings(module)) is not None}
         embeddings = {id(getattr(module, "weight", None)) for module in modules if isinstance(module, nn.Embedding)}
         # Parts of what is a linear layer as a whole: an adapter, and what it adapts.
         inside = {id(part) for module in modules if _linear(module) for part in module.modules() if part is not module}
@@ -86,6 +92,31 @@ class OutputHead(Joint):
         original, fused = Joint.trial(OutputHead(0), sample)
         return _Losses(original), _Losses(fused)
 
+    def counted(self, sample: Sample) -> Counted:
+        """Against the fused loss of logits in memory, at as many classes per feature as there are."""
+        source, features = sample.source, 48
+        assert type(source) is nn.Linear
+        head = nn.Linear(features, round(features * source.out_features / source.in_features), source.bias is not None)
+        fused = copy.deepcopy(head)
+        fused.__class__ = fused_class(nn.Linear, OutputHead(0))
+        hidden = sample.randn(8, features).cpu()
+        draw = Draw("an ordinary", (hidden, torch.arange(len(hidden)) % head.out_features))
+        return Counted(_Loss(head), _Loss(fused), draw, hidden.numel())
+
+    def given(self, sample: Sample, inputs: tuple[Tensor, ...]) -> Counted:
+        """Against the fused loss of logits in memory."""
+        hidden = inputs[0]
+        fused = copy.deepcopy(sample.module)
+        fused.__class__ = fused_class(type(fused), self)
+        target = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+        draw = Draw("the example's", (hidden, target), tables=1)
+        return Counted(_Loss(sample.module), _Loss(fused), draw, hidden.numel())
+
+    def measure(self, module: nn.Module) -> Measure:
+        """The features of a token."""
+        assert isinstance(module, nn.Linear)
+        return Measure("token", module.in_features)
+
     def draws(self, sample: Sample) -> list[Draw]:
         """Logits of two scales; some targets ignored."""
         assert isinstance(sample.module, nn.Linear)
@@ -94,15 +125,6 @@ class OutputHead(Joint):
         target[0, 1:3] = -100
         hidden = sample.randn(2, 6, features)
         return [Draw("an ordinary", (hidden, target)), Draw("a large", (8.0 * hidden, target))]
-
-
-def _output_embeddings(module: nn.Module) -> nn.Module | None:
-    """What a Hugging Face model answers; most modules have no such method, and some models' raises."""
-    try:
-        head = module.get_output_embeddings()  # type: ignore[operator]
-    except Exception:
-        return None
-    return head if isinstance(head, nn.Module) and _linear(head) else None
 
 
 def _linear(module: nn.Module) -> bool:
@@ -122,6 +144,18 @@ def _defers(module: nn.Linear, input: Any, smallest: int) -> bool:
     if not one or input.dim() == 0 or input.shape[-1] != features or not any(t.requires_grad for t in tensors):
         return False
     return input.numel() * len(module.weight) * input.element_size() >= smallest * features
+
+
+class _Loss(nn.Module):
+    """The loss of a training step."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+        logits = self.head(hidden).float()
+        return cross_entropy(logits.view(-1, logits.shape[-1]), target.view(-1))
 
 
 class _Losses(nn.Module):

@@ -11,13 +11,15 @@ import copy
 import copyreg
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .sample import Draw, Sample, kind
+from .savings import ELEMENT, Counted, Measure
 
 
 class Joint(ABC):
@@ -28,6 +30,10 @@ class Joint(ABC):
     operator: str
     #: Allowed error in units of the original's own. Raising it needs a reason beside it.
     slack: ClassVar[float] = 2.0
+    #: How many of the operands are tables, as of :class:`Draw`.
+    tables: ClassVar[int] = 0
+    #: Whether a trial runs a copy of the module.
+    copied: ClassVar[bool] = True
     #: What the report adds where such a joint was fused.
     note: ClassVar[str] = ""
 
@@ -74,9 +80,31 @@ class Joint(ABC):
     def draws(self, sample: Sample) -> list[Draw]:
         """Inputs to compare them on."""
 
+    def counted(self, sample: Sample) -> Counted:
+        """What to count a saving on; of so many elements as ``measure`` speaks of."""
+        draw = self.draws(sample)[0]
+        return Counted(*self.trial(sample), draw, draw.inputs[0].numel())
+
+    def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """What of the arguments of a call the trial takes; None for nothing."""
+        return args
+
+    def given(self, sample: Sample, inputs: tuple[Tensor, ...]) -> Counted:
+        """The trial, on operands that a model gave it; of a sample that was not shrunk."""
+        return Counted(*self.trial(sample), Draw("the example's", inputs, self.tables), inputs[0].numel())
+
+    def measure(self, module: nn.Module) -> Measure:
+        """What the report tells the saving at ``module`` for."""
+        return ELEMENT
+
     def exact(self, original: nn.Module) -> nn.Module:
         """Prepare the float64 copy of the original: what it takes from the dtype of its input has to be fixed."""
         return original
+
+
+def unwatched(joint: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a joint as it is; ``example.py`` puts one in its place that also notes what it is given."""
+    return function
 
 
 class Fusion(NamedTuple):
@@ -90,6 +118,18 @@ def fusion(module: nn.Module) -> Fusion | None:
     """What the class of ``module`` was fused from; None if it is not fused."""
     found: Fusion | None = getattr(type(module), "_braze_fusion", None)
     return found
+
+
+@contextmanager
+def as_original(module: nn.Module) -> Iterator[type]:
+    """The module has its own class for a while; yields that."""
+    cls, made = type(module), fusion(module)
+    original = cls if made is None else made.original
+    module.__class__ = original
+    try:
+        yield original
+    finally:
+        module.__class__ = cls
 
 
 _made: dict[tuple[type, Joint], type] = {}

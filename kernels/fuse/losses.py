@@ -19,6 +19,7 @@ from ..ops.cross_entropy import cross_entropy
 from ..ops.softmax import softmax
 from .joint import Joint, takes
 from .sample import Draw, Sample
+from .savings import ELEMENT, Counted, Measure
 
 
 class _Stateless(Joint):
@@ -42,6 +43,7 @@ class CrossEntropy(_Stateless):
     """``nn.CrossEntropyLoss``."""
 
     hint: ClassVar[str] = "crossentropy"
+    tables: ClassVar[int] = 1
     operator: ClassVar[str] = "cross_entropy"  # type: ignore[misc]
     base: ClassVar[type[nn.Module]] = nn.CrossEntropyLoss
 
@@ -148,6 +150,7 @@ class CausalLoss(Joint):
 
     hint: ClassVar[str] = "causal"
     operator: ClassVar[str] = "cross_entropy"  # type: ignore[misc]
+    copied: ClassVar[bool] = False
     function: Callable[..., Tensor]
 
     @classmethod
@@ -190,12 +193,45 @@ class CausalLoss(Joint):
         """Both losses, called in each way that they can be."""
         return _CalledEachWay(self.function), _CalledEachWay(causal_lm_loss)
 
+    def operands(self, args: tuple[Any, ...]) -> None:
+        """The model calls the loss by itself."""
+
+    def counted(self, sample: Sample) -> Counted:
+        """The loss as a training step calls it, of as many classes as there are."""
+        head = output_embeddings(sample.source)
+        logits = sample.randn(2, 3, 13 if head is None else head.out_features)
+        draw = Draw("an ordinary", (logits, torch.zeros_like(logits[..., 0], dtype=torch.int64)))
+        return Counted(_Called(self.function), _Called(causal_lm_loss), draw, logits.numel())
+
+    def measure(self, module: nn.Module) -> Measure:
+        """The logits of a token, where there is a head to count them."""
+        head = output_embeddings(module)
+        return ELEMENT if head is None else Measure("token", head.out_features)
+
     def draws(self, sample: Sample) -> list[Draw]:
         """Logits of two scales; some labels ignored."""
         labels = torch.randint(0, 13, (2, 6), generator=sample.generator).to(sample.device)
         labels[0, :3] = -100
         logits = sample.randn(2, 6, 13)
         return [Draw("an ordinary", (logits, labels)), Draw("a large", (30.0 * logits, labels))]
+
+
+def output_embeddings(module: nn.Module) -> Any:
+    """The head that a Hugging Face model answers; most modules have no such method, and some models' raises."""
+    try:
+        head = module.get_output_embeddings()  # type: ignore[operator]
+    except Exception:
+        return None
+    return head if isinstance(head, nn.Module) and hasattr(head, "out_features") else None
+
+
+class _Called(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
 
 
 class _CalledEachWay(nn.Module):

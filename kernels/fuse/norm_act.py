@@ -19,6 +19,7 @@ from ..ops.batch_norm import batch_norm_act
 from ..ops.group_norm import group_norm
 from .joint import takes
 from .sample import Draw, Sample, kind
+from .savings import Counted, Measure
 from .sites import Site, Unit, activation, called, child, hooked, module_type, resolved, units
 
 #: What the operators have.
@@ -138,7 +139,7 @@ class NormAct(Site):
                 yield from cls._made(module, unit, outer[0], inner[0], (numbers[id(node)],))
             for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
                 for row in _rows(block if isinstance(block, list) else []):
-                    norm, *between, act = (_step(statement) for statement in row)
+                    norm, *between, act = (step(statement) for statement in row)
                     if norm is not None and act is not None and all(_idle(module, f) for f in between if f):
                         places = tuple(numbers[id(statement)] for statement in row)
                         idle = tuple(ast.unparse(f) for f in between if f)
@@ -182,6 +183,18 @@ class NormAct(Site):
         """Images with other means and scales."""
         return draws(sample)
 
+    def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The input of the norm."""
+        return args[2:3]
+
+    def counted(self, original: nn.Module, fused: nn.Module, sample: Sample) -> Counted:
+        """Twice the pixels, and not the images."""
+        return of_pixels(super().counted(original, fused, sample))
+
+    def measure(self, module: nn.Module) -> Measure:
+        """The channels of a pixel."""
+        return measure(getattr(module, self.norm))
+
     def fused(self) -> Callable[..., Any]:
         """The operator, where the norm is torch's own and nothing listens."""
         return fused(self.act_type, self.activation)
@@ -222,7 +235,7 @@ def _rows(block: list[ast.stmt]) -> Iterator[list[ast.stmt]]:
     for start, first in enumerate(block):
         row = [first]
         for statement in block[start + 1 : start + 3]:
-            if _step(first) is None or _step(statement) is None or not _continues(first, statement):
+            if step(first) is None or step(statement) is None or not _continues(first, statement):
                 break
             row.append(statement)
             yield list(row)
@@ -234,7 +247,7 @@ def _continues(first: Any, then: Any) -> bool:
     return bool(then.targets[0].id == target and isinstance(argument, ast.Name) and argument.id == target)
 
 
-def _step(statement: ast.stmt) -> ast.expr | None:
+def step(statement: ast.stmt) -> ast.expr | None:
     """The function f of ``name = f(x)``."""
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
         call = called(statement.value)
@@ -258,6 +271,17 @@ def draws(sample: Sample) -> list[Draw]:
         Draw("a shifted", (0.5 * sample.randn(4, channels, *shape) + 2.0,)),
         Draw("a large", (300.0 * sample.randn(4, channels, *shape),)),
     ]
+
+
+def of_pixels(counted: Counted) -> Counted:
+    """A group norm keeps statistics of an image, however large."""
+    return counted._replace(dim=-1 if counted.draw.inputs[0].dim() > 2 else 0)
+
+
+def measure(norm: Any) -> Measure:
+    """The channels of a pixel, or of a row."""
+    channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+    return Measure("token" if isinstance(norm, nn.BatchNorm1d) else "pixel", channels)
 
 
 class _Both(nn.Module):
@@ -288,9 +312,9 @@ class InSequence(NormAct):
         return {}
 
 
-def in_sequence(places: Sequence[InSequence]) -> Callable[..., Any]:
-    """The forward of an ``nn.Sequential`` with these places."""
-    functions = {place.numbers[0]: place.fused() for place in places}
+def in_sequence(places: Sequence[InSequence], watch: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of an ``nn.Sequential`` with these places, each ``watch(place, its function)``."""
+    functions = {place.numbers[0]: watch(place, place.fused()) for place in places}
 
     @functools.wraps(nn.Sequential.forward)
     def forward(self: nn.Sequential, input: Any) -> Any:

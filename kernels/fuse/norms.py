@@ -23,6 +23,7 @@ from ..ops.layer_norm_2d import layer_norm_2d
 from ..ops.rms_norm import rms_norm
 from .joint import Joint, own_forward, takes
 from .sample import Draw, Exactly, Refused, Sample
+from .savings import ELEMENT, Measure
 
 #: Width of the sample of a norm that has no parameter to tell its width.
 ANY_WIDTH = 48
@@ -142,6 +143,11 @@ class Norm(Joint):
             Draw("a spiky", (spike,)),
             Draw("a two-dimensional", (noise()[0],)),
         ]
+
+    def measure(self, module: nn.Module) -> Measure:
+        """A row; its width is that of the parameters."""
+        shapes: list[Any] = [p.shape for p in module.parameters()] or [getattr(module, "normalized_shape", ())]
+        return Measure("pixel" if self.channels_first else "token", shapes[0][-1]) if shapes[0] else ELEMENT
 
     def exact(self, original: nn.Module) -> nn.Module:
         """``eps=None`` means the machine epsilon of float32, which the float64 copy would take its own for."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .savings import Saving
+from .tune import Timing
 from .verify import Check
 
 
@@ -17,16 +19,21 @@ class Record:
     path: str
     was: str
     now: str
-    status: str  #: "fused", "planned", "left" or "already fused"
+    status: str  #: "fused", "planned", "left", "already fused"; of ``fold``: "folded", "left", "already folded"
     reason: str = ""
     check: Check | None = None
+    saving: Saving | None = None
+    timing: Timing | None = None
 
 
 class FusionReport:
-    """The records of one call of ``fuse``, in the order of the modules; printing it groups equal ones."""
+    """The records of one call of ``fuse``, ``plan`` or ``fold``, in the order of the modules; printed, it groups them.
 
-    def __init__(self, records: list[Record]) -> None:
-        self.records = records
+    ``done`` is the status of what that call did.
+    """
+
+    def __init__(self, records: list[Record], done: str = "fused") -> None:
+        self.records, self.done = records, done
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)
@@ -43,29 +50,86 @@ class FusionReport:
         """The records as plain values, ready for ``json.dumps``."""
         return [dataclasses.asdict(record) for record in self.records]
 
+    @property
+    def folded(self) -> list[Record]:
+        """The records of what this call folded."""
+        return [record for record in self.records if record.status == "folded"]
+
+    @property
+    def savings(self) -> dict[str, Saving]:
+        """The savings of all joints that were swapped, or would be, added up by unit.
+
+        Pixels are those of each joint's own image. What is told for an element of a joint's input has no sum.
+        """
+        return _added(record for record in self.records if record.saving and record.saving.unit != "element")
+
     def __str__(self) -> str:
         groups: dict[tuple[str, ...], list[Record]] = {}
         for record in self.records:
-            pattern = re.sub(r"(?<![^._])\d+(?![^._])", "*", record.path)
-            groups.setdefault((pattern, record.was, record.now, record.status, record.reason), []).append(record)
-        header = ("module", "", "was", "now", "worst error / budget")
+            unit = "" if record.saving is None else record.saving.unit
+            key = (_pattern(record.path), record.was, _pattern(record.now), record.status, record.reason, unit)
+            groups.setdefault(key, []).append(record)
+        header = ("module", "", "was", "now", "saves traffic", "activations", "time", "worst error / budget")
         rows = [header, *(_row(key, records) for key, records in groups.items())]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ["  ".join((*map(str.ljust, row, widths), row[4])).rstrip() for row in rows]
+        figures = list(zip(*rows, strict=True))
+        shown = [column for i, column in enumerate(figures) if i not in (4, 5, 6) or any(column[1:])]
+        widths = [*(max(map(len, column)) for column in shown[:-1]), 0]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*shown, strict=True)]
         lines.insert(1, "─" * max(map(len, lines)))
-        found, planned = len(self.records), sum(record.status == "planned" for record in self.records)
-        done = f"{planned} of {found} joint{'s' * (found != 1)} would be" if planned else ""
-        lines.append(f"{done or f'{len(self.fused)} of {found} joint' + 's' * (found != 1)} fused")
+        count = sum(record.status == self.done for record in self.records)
+        found = f"{count} of {len(self.records)} joint{'s' * (len(self.records) != 1)}"
+        lines.append(f"{found} {'would be fused' if self.done == 'planned' else self.done}")
+        lines += [f"saves {_moved(one)} of traffic, {_kept(one)} of activations" for one in self.savings.values()]
         return "\n".join(lines)
 
 
+def _pattern(path: str) -> str:
+    """With a star for each number."""
+    return re.sub(r"(?<![^._ ])\d+(?![^._])", "*", path)
+
+
+def _added(records: Iterable[Record]) -> dict[str, Saving]:
+    totals: dict[str, Saving] = {}
+    for saving in (record.saving for record in records):
+        if saving is not None:
+            before = totals.get(saving.unit, Saving(0.0, 0.0, saving.unit))
+            traffic, activations = before.traffic + saving.traffic, before.activations + saving.activations
+            totals[saving.unit] = Saving(traffic, activations, saving.unit)
+    return totals
+
+
+def _times(records: list[Record]) -> str:
+    """The slowest of the times, over that of the original."""
+    timings = [record.timing for record in records if record.timing]
+    return f"×{max(timings, key=lambda timing: timing.ratio)}" if timings else ""  # noqa: RUF001 (as below)
+
+
+def _moved(saving: Saving) -> str:
+    return f"{_bytes(saving.traffic)}/{saving.unit}"
+
+
+def _kept(saving: Saving) -> str:
+    return f"{_bytes(saving.activations)}/{saving.unit}"
+
+
+def _bytes(number: float) -> str:
+    """Three digits: 0 B, 256 B, 7.48 kB."""
+    for unit in ("B", "kB", "MB"):
+        if abs(number) < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
+
+
 def _row(key: tuple[str, ...], records: list[Record]) -> tuple[str, ...]:
-    pattern, was, now, status, reason = key
-    path = pattern if len(records) > 1 else records[0].path
+    pattern, was, now, status, reason, _ = key
+    path, now = (pattern, now) if len(records) > 1 else (records[0].path, records[0].now)
     checks = [record.check for record in records if record.check]
     note = f"{status}: {reason}" if reason else status
-    if status in ("fused", "planned") and checks:
+    if status in ("fused", "planned", "folded") and checks:
         worst = max(checks, key=lambda check: check.error / check.budget)
         note = f"{worst.error:.1e} / {worst.budget:.1e}  {worst.where}" if worst.where else "0, exact"
         note += f"; {reason}" if reason else ""
-    return path or "(the model)", f"×{len(records)}" if len(records) > 1 else "", was, now, note  # noqa: RUF001 (the multiplication sign is meant)
+    number = f"×{len(records)}" if len(records) > 1 else ""  # noqa: RUF001 (the multiplication sign is meant)
+    saved = [(_moved(saving), _kept(saving)) for saving in _added(records).values()] or [("", "")]
+    return path or "(the model)", number, was, now, *saved[0], _times(records), note

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
 from .complex_turn import ComplexTurn
 from .gate import Gate
-from .joint import Joint
+from .joint import Joint, unwatched
 from .norm_act import InSequence, NormAct, in_sequence
+from .norm_add_act import NormAddAct
 from .rotary import Rotary
 from .sample import Draw, Refused, Sample
+from .savings import Saving, saving
 from .sites import Site, Unit, units
 from .source import rewritten
 from .turn import Turn
 from .verify import Check, verify
 
-KINDS: tuple[type[Site], ...] = (Turn, ComplexTurn, Gate, NormAct)
+KINDS: tuple[type[Site], ...] = (Turn, ComplexTurn, Gate, NormAddAct, NormAct)
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,12 @@ class Rewritten(Joint):
     def recognise(cls, sample: Sample) -> None:
         """Made of what was recognised one by one."""
 
-    def members(self, original: type) -> dict[str, Any]:
+    def members(self, original: type, watch: Callable[..., Any] = unwatched) -> dict[str, Any]:
         """The methods, edited."""
         places = [site for site in self.sites if isinstance(site, InSequence)]
         if places:
-            return {"forward": in_sequence(places)}
-        found = {} if self.rotary is None else self.rotary.members(original)
+            return {"forward": in_sequence(places, watch)}
+        found = {} if self.rotary is None else self.rotary.members(original, watch)
         parts = units(original)
         made: dict[str, Any] = {}  # the functions with sites, fused, by the names of their units
         for name in _callees_first(parts):
@@ -50,7 +52,7 @@ class Rewritten(Joint):
             names = {called: made[unit] for called, unit in parts[name].calls.items() if unit in made}
             for number, site in mine:
                 edits |= site.edits(f"_braze_{number}")
-                names[f"_braze_{number}"] = site.fused()
+                names[f"_braze_{number}"] = watch(site, site.fused())
             if not names:
                 continue
             if "." in name:
@@ -67,6 +69,26 @@ class Rewritten(Joint):
     def draws(self, sample: Sample) -> list[Draw]:
         """Of each site its own."""
         return []
+
+
+def joined(joint: Joint) -> list[Joint | Site]:
+    """The joints of a rewritten forward one by one; of a joint that is a module as a whole, none."""
+    if isinstance(joint, Rewritten):
+        return [*([] if joint.rotary is None else [joint.rotary]), *joint.sites]
+    return [joint] if isinstance(joint, Rotary) else []
+
+
+def together(joints: Sequence[Joint | Site]) -> Joint:
+    """One joint of all those at a module."""
+    whole = next((one for one in joints if isinstance(one, Joint)), None)
+    made = rewriting(joints)
+    return made if made.sites or whole is None else whole
+
+
+def rewriting(joints: Sequence[Joint | Site]) -> Rewritten:
+    """The forward with all these, in whatever order they were found."""
+    places = sorted((one for one in joints if isinstance(one, Site)), key=lambda site: (site.unit, site.numbers))
+    return Rewritten(tuple(places), next((one for one in joints if isinstance(one, Rotary)), None))
 
 
 def _callees_first(parts: dict[str, Unit]) -> list[str]:
@@ -96,7 +118,14 @@ def sites(module: nn.Module) -> list[Site]:
     return found
 
 
-def examine(site: Site, module: nn.Module, root: nn.Module, known: dict[Hashable, Check | str]) -> Check | str:
+class Verdict(NamedTuple):
+    """Of a site that is as good as the original: the check, and what an element saves."""
+
+    check: Check
+    saving: Saving
+
+
+def examine(site: Site, module: nn.Module, root: nn.Module, known: dict[Hashable, Verdict | str]) -> Verdict | str:
     """What verification found, or why the site is left; sites with equal keys are verified once."""
     if site.refusal:
         return site.refusal
@@ -104,7 +133,8 @@ def examine(site: Site, module: nn.Module, root: nn.Module, known: dict[Hashable
     if key not in known:
         try:
             original, fused, sample = site.trial(module, root)
-            known[key] = verify(original, fused, lambda: site.draws(sample), sample.dtype, slack=site.slack)
+            check = verify(original, fused, lambda: site.draws(sample), sample.dtype, slack=site.slack)
+            known[key] = Verdict(check, saving(site.counted(original, fused, sample), sample.dtype))
         except Refused as refused:
             known[key] = str(refused)
     return known[key]

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.rope import rope
-from .joint import Joint, takes
+from .joint import Joint, takes, unwatched
 from .sample import Draw, Refused, Sample
+from .savings import Counted
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Rotary(Joint):
 
     hint: ClassVar[str] = "rotary"
     operator: ClassVar[str] = "rope"  # type: ignore[misc]
+    tables: ClassVar[int] = 2
+    copied: ClassVar[bool] = False
     helper: str
     tensors: int
     cos: int
@@ -83,11 +86,11 @@ class Rotary(Joint):
                     return cls(**{**vars(candidate), "promotes": promotes})
         raise Refused(f"{name} is no rotary embedding that is known here" + (f": {failure}" if failure else ""))
 
-    def members(self, original: type) -> dict[str, Any]:
+    def members(self, original: type, watch: Callable[..., Any] = unwatched) -> dict[str, Any]:
         """The forward, with the fused helper in the place of the original one."""
         own = original.forward  # type: ignore[attr-defined]
         helper = _globals_of(own)[self.helper]
-        return {"forward": _with_global(own, self.helper, self.fused(helper))}
+        return {"forward": _with_global(own, self.helper, watch(self, self.fused(helper)))}
 
     def fused(self, helper: Callable[..., Any]) -> Callable[..., Any]:
         """The fused form of the helper; what it does not take goes to the helper itself."""
@@ -125,11 +128,16 @@ class Rotary(Joint):
         angles = sample.randn(2, 6, 8).repeat(1, 1, 2)
         free = sample.randn(2, 6, 16)
         return [
-            Draw("an ordinary", self._arguments(heads, angles.cos(), angles.sin())),
+            Draw("an ordinary", self._arguments(heads, angles.cos(), angles.sin()), tables=2),
             Draw("an unpaired", self._arguments(heads, free, free.flip(-1))),
             Draw("a batch-shared", self._arguments(heads, angles[:1].cos(), angles[:1].sin())),
             Draw("a large", self._arguments([1e3 * h for h in heads], angles.cos(), angles.sin())),
         ]
+
+    def counted(self, sample: Sample) -> Counted:
+        """An element of any of the tensors."""
+        counted = super().counted(sample)
+        return counted._replace(elements=sum(t.numel() for t in counted.draw.inputs[: self.tensors]))
 
     def _arguments(self, heads: list[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         if self.unsqueeze is None:

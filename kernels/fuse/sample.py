@@ -26,10 +26,18 @@ class Refused(Exception):
 
 
 class Draw(NamedTuple):
-    """Inputs of one trial, in float64, and what they are."""
+    """Inputs of one trial, in float64, and what they are.
+
+    The last are ``tables`` (cosines, targets), to which models have no gradient flow; they are verified as if it did.
+    """
 
     label: str
     inputs: tuple[Tensor, ...]
+    tables: int = 0
+
+    def doubled(self, dim: int = 0) -> Draw:
+        """Twice the same, along a dim of all inputs."""
+        return self._replace(inputs=tuple(torch.cat([t, t], dim) for t in self.inputs))
 
 
 class Sample:
@@ -91,11 +99,15 @@ class Sample:
 
 def kind(module: nn.Module) -> Hashable:
     """Equal for modules that compute the same function of their parameters and input, as far as attributes tell."""
-    attributes = tuple((name, _value(value)) for name, value in sorted(vars(module).items()) if name[:1] != "_")
     tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     shapes = tuple((name, tuple(t.shape), t.dtype, t.device.type) for name, t in tensors)
     children = tuple((name, kind(child)) for name, child in module.named_children())
-    return type(module), attributes, shapes, children
+    return type(module), attributes_of(module), shapes, children
+
+
+def attributes_of(module: nn.Module) -> tuple[tuple[str, Hashable], ...]:
+    """The public attributes, without tensors and children: plain values, and the identity of others."""
+    return tuple((name, _value(value)) for name, value in sorted(vars(module).items()) if name[:1] != "_")
 
 
 def _value(value: Any) -> Hashable:
@@ -108,8 +120,8 @@ def _value(value: Any) -> Hashable:
 
 
 @contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Verification leaves random states as they were, sees parameters whole, and compiles nothing on the CPU."""
+def quiet(model: nn.Module, eager: bool = True) -> Iterator[None]:
+    """Random states stay as they were, parameters are whole, and nothing is compiled on the CPU if ``eager``."""
     tensors = (*model.parameters(), *model.buffers())
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
     state = random.getstate()
@@ -120,7 +132,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             stack.enter_context(_gathered(model))
-            if not devices:
+            if eager and not devices:
                 stack.enter_context(use_backend("eager"))
             yield
     finally:

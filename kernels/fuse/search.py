@@ -6,19 +6,20 @@ import functools
 from collections.abc import Hashable
 from typing import NamedTuple
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
+from .barrier import barrier
 from .channel_norms import ChannelNorm
+from .folded import fold_of
 from .gated_mlp import GatedMLP
 from .heads import OutputHead
-from .joint import Joint, fusion
+from .joint import Fusion, Joint, as_original, fused_class, fusion
 from .losses import CausalLoss, CrossEntropy, SoftmaxModule
 from .norms import Norm
-from .rewritten import examine, sites
+from .rewritten import Verdict, examine, joined, sites
 from .rotary import Rotary
 from .sample import Refused, Sample
+from .savings import Measure, Saving, saving
 from .sites import Site
 from .verify import Check, verify
 
@@ -42,6 +43,7 @@ class Outcome(NamedTuple):
     joint: Joint | None
     reason: str = ""
     check: Check | None = None
+    saving: Saving | None = None  #: of an element
 
 
 class Found(NamedTuple):
@@ -53,6 +55,7 @@ class Found(NamedTuple):
     check: Check | None = None
     joint: Joint | Site | None = None
     part: str = ""
+    saving: Saving | None = None
 
 
 class Search:
@@ -61,58 +64,79 @@ class Search:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.candidates = {joint_type: joint_type.candidates(root) for joint_type in JOINTS}
+        self.widths = {getattr(module, "in_features", None) for module in root.modules()}
         self.known: dict[Hashable, Outcome] = {}
-        self.checked: dict[Hashable, Check | str] = {}
+        self.examined: dict[Hashable, Verdict | str] = {}
 
     def joints(self, module: nn.Module) -> list[Found]:
         """The joints at ``module``: one that it is as a whole, or those in its source."""
+        if fold_of(module) is not None:
+            return []
         made = fusion(module)
         if made is not None:
-            return [Found("already fused", operator, part=part) for operator, part in made.joint.parts()]
+            done = [Found("already fused", operator, part=part) for operator, part in made.joint.parts()]
+            return done + self._remaining(module, made)
         if type(module).__module__.startswith(_PACKAGE + ".ops."):
             return [Found("already fused", "", "a braze module")]
         whole = self._as_a_whole(module)
         if whole is None:
             return self._inside(module)
         if whole.joint is None:
-            inside = [] if _barrier(module) else self._inside(module)
+            inside = [] if barrier(module) else self._inside(module)
             return inside if any(found.joint is not None for found in inside) else [whole, *inside]
         if not isinstance(whole.joint, Rotary):
             return [whole]
         # The helper that is replaced as a whole holds what would be sites otherwise.
         return [whole, *(found for found in self._inside(module) if found.operator != whole.operator)]
 
+    def _remaining(self, module: nn.Module, made: Fusion) -> list[Found]:
+        """What an earlier call was told to leave, in a forward that it has rewritten."""
+        places = joined(made.joint)
+        if not places or type(module) is not fused_class(*made):
+            return []
+        with as_original(module):
+            return [found for found in self.joints(module) if found.joint is not None and found.joint not in places]
+
     def _as_a_whole(self, module: nn.Module) -> Found | None:
         left = None
         for joint_type in JOINTS:
             if id(module) not in self.candidates[joint_type]:
                 continue
-            barrier = _barrier(module)
-            if barrier:
+            reason = barrier(module)
+            if reason:
                 if _named_like(module, joint_type):
-                    return Found("left", "", barrier)
+                    return Found("left", "", reason)
                 continue
             key = joint_type, joint_type.key(module)
             if key not in self.known:
                 self.known[key] = _examine(joint_type, module, self.root)
             outcome = self.known[key]
             if outcome.joint is not None:
-                return Found("fused", outcome.joint.operator, outcome.reason, outcome.check, outcome.joint)
+                joint, saved = outcome.joint, outcome.saving
+                saved = None if saved is None else saved.of(self._measure(joint, module))
+                return Found("fused", joint.operator, outcome.reason, outcome.check, joint, saving=saved)
             if outcome.reason:
                 left = Found("left", "", outcome.reason)
         return left
 
+    def _measure(self, joint: Joint, module: nn.Module) -> Measure:
+        """A norm of a width that no linear layer takes normalizes parts of a token: the rows of its heads."""
+        measure = joint.measure(module)
+        part = isinstance(joint, Norm) and measure.unit == "token" and measure.elements not in self.widths
+        return measure._replace(unit="row") if part else measure
+
     def _inside(self, module: nn.Module) -> list[Found]:
         # What a Hugging Face model records is decided by the classes of its inner models.
-        if hasattr(module, "from_pretrained") or _barrier(module, own=True):
+        if hasattr(module, "from_pretrained") or barrier(module, own=True):
             return []
         found = []
         for site in sites(module):
-            verdict = examine(site, module, self.root, self.checked)
+            verdict = examine(site, module, self.root, self.examined)
             if isinstance(verdict, str):
                 found.append(Found("left", "", verdict, part=site.part))
             else:
-                found.append(Found("fused", site.operator, "", verdict, site, site.part))
+                saved = verdict.saving.of(site.measure(module))
+                found.append(Found("fused", site.operator, "", verdict.check, site, site.part, saved))
         return found
 
 
@@ -134,28 +158,10 @@ def _attempt(joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes:
             return Outcome(None, "it computes something else" if _named_like(module, joint_type) else "")
         original, fused = joint.trial(sample)
         check = verify(original, fused, functools.partial(joint.draws, sample), sample.dtype, joint.exact, joint.slack)
-        return Outcome(joint, joint.note, check)
+        return Outcome(joint, joint.note, check, saving(joint.counted(sample), sample.dtype))
     except Refused as refused:
         close = joint is not None or _named_like(module, joint_type)
         return Outcome(None, str(refused) if close else "")
-
-
-def _barrier(module: nn.Module, own: bool = False) -> str:
-    """Why this module must not be touched, or nothing. Its ``own`` parameters alone may count."""
-    if "forward" in vars(module):
-        return "the instance has a forward of its own"
-    if parametrize.is_parametrized(module):
-        return "it is parametrized"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is scripted"
-    if type(module).__reduce__ is not object.__reduce__ or type(module).__reduce_ex__ is not object.__reduce_ex__:
-        return "its class pickles itself in a way of its own"
-    for name, parameter in module.named_parameters(recurse=not own):
-        if type(parameter) is not nn.Parameter and type(parameter).__name__ != "DTensor":
-            return f"{name} is a {type(parameter).__name__}"
-        if not parameter.is_floating_point():
-            return f"{name} is {parameter.dtype}"
-    return ""
 
 
 def _named_like(module: nn.Module, joint_type: type[Joint]) -> bool:

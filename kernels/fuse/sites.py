@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..ops.activations import ACTIVATIONS
 from .sample import Draw, Exactly, Sample, kind
+from .savings import ELEMENT, Counted, Measure
 from .source import innermost, parsed
 
 
@@ -34,6 +35,7 @@ class Site(ABC):
     operator: ClassVar[str]
     #: As of :class:`Joint`.
     slack: ClassVar[float] = 2.0
+    tables: ClassVar[int] = 0
 
     @property
     def part(self) -> str:
@@ -61,6 +63,23 @@ class Site(ABC):
     @abstractmethod
     def draws(self, sample: Sample) -> list[Draw]:
         """Inputs to compare them on."""
+
+    def counted(self, original: nn.Module, fused: nn.Module, sample: Sample) -> Counted:
+        """As of :class:`Joint`, of a trial."""
+        draw = self.draws(sample)[0]
+        return Counted(original, fused, draw, draw.inputs[0].numel())
+
+    @abstractmethod
+    def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What of the arguments of the fused function the trial takes."""
+
+    def given(self, original: nn.Module, fused: nn.Module, inputs: tuple[Tensor, ...]) -> Counted:
+        """A trial on operands that a model gave it."""
+        return Counted(original, fused, Draw("the example's", inputs, self.tables), inputs[0].numel())
+
+    def measure(self, module: nn.Module) -> Measure:
+        """As of :class:`Joint`."""
+        return ELEMENT
 
     @abstractmethod
     def fused(self) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ class Turn(Site):
     """The function that rotates, as the source names it, and which pairs it forms."""
 
     operator: ClassVar[str] = "rope"
+    tables: ClassVar[int] = 2
     rotate: str
     interleaved: bool
 
@@ -53,11 +54,15 @@ class Turn(Site):
         pairs = angles.repeat_interleave(2, -1) if self.interleaved else angles.repeat(1, 1, 1, 2)
         free = sample.randn(2, 1, 6, 16)
         return [
-            Draw("an ordinary", (x, pairs.cos(), pairs.sin())),
+            Draw("an ordinary", (x, pairs.cos(), pairs.sin()), tables=2),
             Draw("an unpaired", (x, free, free.flip(-1))),
             Draw("a batch-shared", (x, pairs[0, 0].cos(), pairs[0, 0].sin())),
             Draw("a large", (1e3 * x, pairs.cos(), pairs.sin())),
         ]
+
+    def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """All but the function that rotates."""
+        return args[1:]
 
     def fused(self) -> Callable[..., Any]:
         """``rope`` of ordinary tensors, in the dtype that the sum has."""

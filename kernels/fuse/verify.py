@@ -135,10 +135,15 @@ def _compare(
         got = _run(fused, inputs)
     except Exception as error:
         raise Refused(f"the fused form fails: {error}") from error
-    return [_measure(*same, slack) for same in zip(plain, got, truth, strict=True)]
+    return [measure(*same, slack) for same in zip(plain, got, truth, strict=True)]
 
 
-def _measure(plain: Result, got: Result, truth: Result, slack: float) -> Measure:
+def measure(plain: Result, got: Result, truth: Result, slack: float) -> Measure:
+    """Error and budget of ``got``.
+
+    Raises:
+        Refused: if it has another dtype or shape than ``plain``, or plain is too inaccurate to judge by.
+    """
     if plain.value.shape != got.value.shape or plain.value.dtype != got.value.dtype:
         raise Refused(f"{plain.name} is {_describe(plain.value)}, fused {_describe(got.value)}")
     if not truth.value.numel() or not plain.value.isfinite().all():
