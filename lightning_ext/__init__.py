@@ -6,11 +6,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compile_cache import load_compile_cache as load_compile_cache
+    from .compile_cache import save_compile_cache as save_compile_cache
     from .fused_precision import FusedPrecision as FusedPrecision
+    from .recompiles import RegionReport as RegionReport
+    from .regional import compile_regions as compile_regions
+    from .regional import uncompile_regions as uncompile_regions
 
 # Loaded on first use, so that the package imports where Lightning is not installed.
-_MODULES = {"FusedPrecision": "fused_precision"}
-__all__ = ["FusedPrecision"]
+_MODULES = {
+    "FusedPrecision": "fused_precision",
+    "RegionReport": "recompiles",
+    "compile_regions": "regional",
+    "load_compile_cache": "compile_cache",
+    "save_compile_cache": "compile_cache",
+    "uncompile_regions": "regional",
+}
+__all__ = [
+    "FusedPrecision",
+    "RegionReport",
+    "compile_regions",
+    "load_compile_cache",
+    "save_compile_cache",
+    "uncompile_regions",
+]
 
 
 def __getattr__(name: str) -> Any:
