@@ -37,7 +37,7 @@ CAUSES = (
         "input without gradient",
         "a first block's input may need no gradient; no change is needed",
     ),
-    (r"requires_grad", "requires_grad", "frozen and trained blocks have a graph each; freeze whole kinds"),
+    (r"requires_grad", "frozen parameter", "frozen and trained blocks have a graph each; freeze whole kinds"),
     (r"stride mismatch", "memory layout", "keep one memory format; .contiguous() where it varies"),
     (
         r"== -?\d+(?!\.?\d*[.e])",
