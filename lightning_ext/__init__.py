@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .compile_cache import load_compile_cache as load_compile_cache
     from .compile_cache import save_compile_cache as save_compile_cache
     from .fused_precision import FusedPrecision as FusedPrecision
+    from .prefetch import PrefetchCallback as PrefetchCallback
     from .recompiles import RegionReport as RegionReport
     from .regional import compile_regions as compile_regions
     from .regional import uncompile_regions as uncompile_regions
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # Loaded on first use, so that the package imports where Lightning is not installed.
 _MODULES = {
     "FusedPrecision": "fused_precision",
+    "PrefetchCallback": "prefetch",
     "RegionReport": "recompiles",
     "compile_regions": "regional",
     "load_compile_cache": "compile_cache",
@@ -24,6 +26,7 @@ _MODULES = {
 }
 __all__ = [
     "FusedPrecision",
+    "PrefetchCallback",
     "RegionReport",
     "compile_regions",
     "load_compile_cache",
