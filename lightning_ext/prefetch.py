@@ -181,7 +181,7 @@ class Prefetched:
         return len(self.pinned)
 
     def __getattr__(self, name: str) -> Any:
-        if name in Prefetched._OWN or name in ("state_dict", "load_state_dict"):
+        if name in Prefetched._OWN:
             raise AttributeError(name)
         return getattr(self.pinned.loader, name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,11 @@ def test_prefetch_with_any_loader_resumes_with_the_next_batch(kind: str, hook: s
     whole.fit(net, LOADERS[kind](), plain())
     assert sorted(number for batch in net.seen for number in batch) == list(range(2 * BATCHES))
     resumed = Net()
-    trainer(PrefetchCallback(2), **options).fit(resumed, LOADERS[kind](7), plain(), ckpt_path=tmp_path / "at 5")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(PrefetchCallback(2), **options).fit(resumed, LOADERS[kind](7), plain(), ckpt_path=tmp_path / "at 5")
     assert resumed.seen == net.seen[5:]
+    assert not any("not resumable" in str(one.message) for one in caught)
 
 
 @pytest.mark.usefixtures("copies")
@@ -153,6 +157,8 @@ def test_a_checkpoint_at_the_end_of_an_epoch_starts_the_next(
 def test_checkpoints_are_read_with_and_without_prefetch(kind: str, saved_by: str, tmp_path: Path) -> None:
     first, second = ([PrefetchCallback(2)], []) if saved_by == "prefetch" else ([], [PrefetchCallback(2)])
     trainer(*first, Save(tmp_path / "at 5", "on_train_batch_end", 5)).fit(Net(), LOADERS[kind]())
+    states = torch.load(tmp_path / "at 5", weights_only=True)["callbacks"]
+    assert ("PrefetchCallback" in states) == (saved_by == "prefetch" and kind == "plain")
     resumed, again = Net(), trainer(*second)
     again.fit(resumed, LOADERS[kind](), ckpt_path=tmp_path / "at 5")
     assert again.global_step == BATCHES
