@@ -47,7 +47,7 @@ def summary(windows: Sequence[Window], unit: str, title: str, notes: Sequence[st
         values = [reading[name] for reading in readings]
         rows.append((name, *(f"{value:.4g}" for value in (median(values), min(values), max(values)))))
     share = sum(window.wait for window in steady) / sum(window.seconds for window in steady)
-    counted = f"{len(steady)} windows, up to step {windows[-1].step}; waiting for data took {share:.1%} of the time"
+    counted = f"readings: {len(steady)}, up to batch {windows[-1].step}; waiting for data took {share:.1%} of the time"
     return Table(("metric", "median", "least", "most"), rows, title=title, notes=(counted, *notes))
 
 

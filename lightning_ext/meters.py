@@ -102,7 +102,7 @@ class MetersCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the operations of the first batch."""
-        if self._seen == 0:
+        if self._seen == 0 and self._counter is None:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
 
@@ -125,6 +125,10 @@ class MetersCallback(Callback):
             self._read(trainer, pl_module)
         else:
             self._watch.step_ended()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop counting where a hook ended the epoch in its first batch."""
+        self._stop_counting()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop measuring, and sum up on rank zero."""

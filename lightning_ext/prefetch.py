@@ -109,7 +109,8 @@ class PrefetchCallback(Callback):
         if overridden:
             self._note(name, f"{self._pin(loader, device)}: {overridden} is overridden and expects it on the host")
             return loader
-        self._note(name, f"on {device}, {self.depth} batches ahead{', channels_last' if self.memory_format else ''}")
+        where = "passed on" if device.type == "cpu" else f"on {device}, {self.depth} batches ahead"
+        self._note(name, f"{where}{', channels_last' if self.memory_format else ''}")
         transform = _channels_last if self.memory_format else None
         pinned = PinnedLoader(loader, device=device, depth=self.depth, transform=transform)
         stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
@@ -130,7 +131,7 @@ class PrefetchCallback(Callback):
         return "page-locked only"
 
     def _note(self, name: str, what: str) -> None:
-        if (name, what) not in self.report:
+        if (name, what) not in self.report:  # once for all epochs
             self.report.append((name, what))
 
 

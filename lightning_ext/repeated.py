@@ -58,7 +58,7 @@ class _Search:
             return [], [Left("", type(self.model).__name__, "it is compiled as a whole")]
         self._visit("", self.model, set())
         groups = [group for group in self._groups.values() if len(group) > 1]
-        chosen = {type(block.module) for group in groups for block in group}
+        chosen = {type(block.module) for group in groups for block in group} - {nn.Sequential}
         self._left += list(self._single(chosen, groups))
         return groups, self._left
 
