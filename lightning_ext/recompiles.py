@@ -45,8 +45,9 @@ CAUSES = (
         "int attribute",
         "give equal blocks equal values, or keep the number in a tensor buffer",
     ),
-    (r"== -?[\d.]+(e-?\d+)?", "float attribute", "give equal blocks equal values (dropout and drop-path rates too)"),
+    (r"== -?[\d.]+(e-?\d+)?$", "float attribute", "give equal blocks equal values (dropout and drop-path rates too)"),
     (r"rank mismatch", "number of dimensions", "pass tensors of as many dimensions each time"),
+    (r"\bmodule\.", "attribute", "blocks that differ in it have a graph each; give equal blocks equal values"),
 )
 
 

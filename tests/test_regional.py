@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import pickle
 from collections.abc import Iterator
@@ -157,7 +158,7 @@ def test_kinds_of_one_class_do_not_share_a_limit() -> None:
 MODELS = {
     "vit_tiny_patch16_224": {"img_size": 32},
     "mixer_s32_224": {"img_size": 64},
-    "resnet50": {},
+    "resnet34": {},
     "convnext_atto": {},
     "efficientnet_b0": {},
     "regnety_002": {},
@@ -409,6 +410,44 @@ def test_float_attributes_and_optional_arguments_are_told() -> None:
     report = eager(model)
     model[1](model[0](batch().requires_grad_(), mask=None), mask=torch.ones(WIDTH))
     assert causes(report) == {"optional argument"}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "cause"),
+    [("heads", (2, 4), "int attribute"), ("name", ("a", "b"), "attribute"), ("flag", (True, False), "attribute")],
+)
+def test_attributes_that_differ_are_told(name: str, values: tuple[Any, Any], cause: str) -> None:
+    class Chooses(Block):
+        heads, name, flag = 2, "a", True
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = x.reshape(x.shape[0], self.heads, -1).softmax(-1).flatten(1)
+            return self.linear(heads) if self.flag and self.name == "a" else self.norm(heads)
+
+    model = nn.Sequential(Chooses(), Chooses())
+    for block, value in zip(model, values, strict=True):
+        setattr(block, name, value)
+    report = eager(model)
+    model(batch().requires_grad_())
+    assert causes(report) == {cause}
+    assert f"module.{name} ==" in str(report)
+
+
+@pytest.mark.skipif(
+    "recompile_limit" not in inspect.signature(torch.compile).parameters, reason="this torch has one limit for all"
+)
+@pytest.mark.filterwarnings("ignore:compile_regions")
+def test_blocks_with_rates_of_their_own_are_all_compiled() -> None:
+    """Stochastic depth: torch specializes on each rate, and would run the ninth block eagerly, or refuse."""
+
+    class Dropped(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(x), self.rate)
+
+    model = nn.Sequential(*(Dropped(rate=index / 20) for index in range(1, 10)))
+    report = eager(model)
+    model(batch().requires_grad_())
+    assert report.frames == 9
 
 
 def test_budget_warning_lists_causes_and_changes() -> None:
