@@ -164,7 +164,7 @@ class RegionReport:
         groups: dict[tuple[str, str], list[str]] = {}
         for one in self.left:
             groups.setdefault((one.was, one.reason), []).append(one.path)
-        notes = [f"left: {was} {pattern(paths) or '(the model)'}: {reason}" for (was, reason), paths in groups.items()]
+        notes = [f"left: {was} {pattern(paths)}: {reason}" for (was, reason), paths in groups.items()]
         blocks = sum(len(region.paths) for region in self.regions)
         notes.append(f"{blocks} blocks of {len(self)} kinds" if self.regions else "no repeated blocks found")
         header = ("region", "blocks", "where", "compiled", "why again, and what to change")
