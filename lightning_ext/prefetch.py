@@ -68,7 +68,7 @@ class PrefetchCallback(Callback):
             vars(trainer.strategy).pop("process_dataloader", None)
         for loader in self._pinned:
             loader.pin_memory = False
-        self._active, self._pinned = False, []
+        self._active, self._pinned, self._to_load = False, [], []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As :meth:`teardown`, which is not called then."""

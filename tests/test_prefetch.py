@@ -52,6 +52,11 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Predicts(Net):
+    def predict_step(self, batch: Any, index: int) -> Tensor:
+        return batch[0]
+
+
 class Stream(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor]]:
         yield from ((torch.tensor([float(i)]),) for i in range(2 * BATCHES))
@@ -173,6 +178,19 @@ def test_batches_are_those_without_prefetch_for_two_epochs_and_validation() -> N
         trainer(*callbacks, max_epochs=2).fit(net, plain(), DataLoader(NUMBERS, batch_size=4))
         seen.append((net.seen, net.validated))
     assert seen[0] == seen[1]
+
+
+def test_validation_alone_is_prefetched_and_leaves_no_state_for_a_later_fit(tmp_path: Path) -> None:
+    trainer(PrefetchCallback(), Save(tmp_path / "at 5", "on_train_batch_end", 5)).fit(Net(), plain())
+    net, prefetch = Net(), PrefetchCallback()
+    run = trainer(prefetch)
+    run.validate(net, DataLoader(NUMBERS, batch_size=4), ckpt_path=tmp_path / "at 5", verbose=False)
+    assert net.validated == [[float(i + k) for k in range(4)] for i in range(0, 2 * BATCHES, 4)]
+    assert prefetch.report == [("validate: DataLoader", "passed on")]
+    prefetch.load_state_dict(torch.load(tmp_path / "at 5", weights_only=True)["callbacks"]["PrefetchCallback"])
+    run.predict(Predicts(), DataLoader(NUMBERS, batch_size=4))
+    trainer(prefetch).fit(net, plain())
+    assert len(net.seen) == BATCHES
 
 
 def test_set_epoch_reaches_the_sampler_also_when_resumed(tmp_path: Path) -> None:
