@@ -108,7 +108,9 @@ class Region:
             yield f"compile_regions: {where} was compiled {self.frames} times; its budget is {budget}:{why}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "code": None, "_kept": self._counts()}
+        # What else was chosen may hold functions, which cannot be pickled.
+        chosen = {"budget": self.chosen["budget"]}
+        return {**self.__dict__, "code": None, "chosen": chosen, "_kept": self._counts()}
 
     def _first(self, subject: str) -> bool:
         new = subject not in self._said

@@ -231,6 +231,18 @@ def test_losses_are_the_same_with_meters() -> None:
         torch.testing.assert_close(weight, net.layers[0].weight, rtol=0, atol=0)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_memory_is_of_tensors_and_mfu_of_a_known_peak() -> None:
+    meters = MetersCallback(4)
+    trainer = L.Trainer(accelerator="gpu", devices=1, callbacks=[meters], **QUIET)
+    trainer.fit(Net(), DataLoader(Data(), batch_size=ROWS))
+    known = peak_flops(torch.cuda.get_device_name(), "32-true") is not None
+    for window in meters.windows:
+        assert 0 < window.memory < 2**30
+        assert (window.mfu is not None) == known
+        assert window.flops == pytest.approx(FLOPS / window.seconds)
+
+
 def test_bad_arguments_name_the_fix() -> None:
     with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
         MetersCallback(0)
