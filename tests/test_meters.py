@@ -214,6 +214,17 @@ def test_an_epoch_that_a_hook_ends_at_once_stops_the_count() -> None:
     assert modes == [None, None]
 
 
+def test_a_batch_in_which_a_hook_ends_the_epoch_is_left_out(clock: Clock) -> None:
+    class Ends(Net):
+        def on_train_batch_start(self, batch: Any, index: int) -> int | None:
+            return -1 if index == 4 else None
+
+    meters = MetersCallback(2)
+    train(meters, Ends(clock), Data(clock), validate=True, max_epochs=2)
+    assert [window.seconds for window in meters.windows] == [STEP + ROWS * SAMPLE] * 3
+    assert [window.wait for window in meters.windows] == [ROWS * SAMPLE] * 3
+
+
 def test_losses_are_the_same_with_meters() -> None:
     weights = []
     for every in (1000, 2):
