@@ -6,11 +6,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compile_cache import load_compile_cache as load_compile_cache
+    from .compile_cache import save_compile_cache as save_compile_cache
     from .fused_precision import FusedPrecision as FusedPrecision
+    from .meters import MetersCallback as MetersCallback
+    from .prefetch import PrefetchCallback as PrefetchCallback
+    from .recompiles import RegionReport as RegionReport
+    from .regional import compile_regions as compile_regions
+    from .regional import uncompile_regions as uncompile_regions
+    from .start_report import fit_report as fit_report
 
 # Loaded on first use, so that the package imports where Lightning is not installed.
-_MODULES = {"FusedPrecision": "fused_precision"}
-__all__ = ["FusedPrecision"]
+_MODULES = {
+    "FusedPrecision": "fused_precision",
+    "MetersCallback": "meters",
+    "PrefetchCallback": "prefetch",
+    "RegionReport": "recompiles",
+    "compile_regions": "regional",
+    "fit_report": "start_report",
+    "load_compile_cache": "compile_cache",
+    "save_compile_cache": "compile_cache",
+    "uncompile_regions": "regional",
+}
+__all__ = [
+    "FusedPrecision",
+    "MetersCallback",
+    "PrefetchCallback",
+    "RegionReport",
+    "compile_regions",
+    "fit_report",
+    "load_compile_cache",
+    "save_compile_cache",
+    "uncompile_regions",
+]
 
 
 def __getattr__(name: str) -> Any:
