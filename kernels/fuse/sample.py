@@ -128,6 +128,7 @@ def quiet(model: nn.Module, eager: bool = True) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=sorted(devices)))
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
