@@ -6,11 +6,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .fabric_fused_precision import FabricFusedPrecision as FabricFusedPrecision
+    from .fused_callback import FusedCallback as FusedCallback
+    from .fused_deepspeed_precision import FusedDeepSpeedPrecision as FusedDeepSpeedPrecision
     from .fused_precision import FusedPrecision as FusedPrecision
+    from .sharding import prepare_for_sharding as prepare_for_sharding
 
 # Loaded on first use, so that the package imports where Lightning is not installed.
-_MODULES = {"FusedPrecision": "fused_precision"}
-__all__ = ["FusedPrecision"]
+_MODULES = {
+    "FabricFusedPrecision": "fabric_fused_precision",
+    "FusedCallback": "fused_callback",
+    "FusedDeepSpeedPrecision": "fused_deepspeed_precision",
+    "FusedPrecision": "fused_precision",
+    "prepare_for_sharding": "sharding",
+}
+__all__ = [
+    "FabricFusedPrecision",
+    "FusedCallback",
+    "FusedDeepSpeedPrecision",
+    "FusedPrecision",
+    "prepare_for_sharding",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,7 +35,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != "lightning":
+        if error.name is None or error.name.split(".")[0] not in ("lightning", "pytorch_lightning"):
             raise
         raise ImportError(
             f"{__name__}.{name} needs Lightning, which is not installed: pip install 'braze[lightning]'"

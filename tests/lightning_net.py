@@ -1,0 +1,79 @@
+"""What the tests of the Lightning plugins train, and what a curve is held to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from braze.lightning_ext import FusedPrecision
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps)
+        self.up = nn.Linear(width, width)
+        self.second = nn.RMSNorm(width, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(nn.functional.silu(self.up(self.norm(x))))
+
+
+class Net(L.LightningModule):
+    def __init__(self, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.body = nn.Sequential(Block(16, eps), Block(16, eps), nn.Linear(16, 4))
+        self.loss = nn.CrossEntropyLoss()
+        self.losses: list[float] = []
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        x, y = batch
+        loss = self.loss(self.body(x), y)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        x, y = batch
+        self.log("loss", self.loss(self.body(x), y))
+
+    def predict_step(self, batch: list[Tensor], index: int) -> Tensor:
+        return self.body(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+def batches() -> DataLoader:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(96, 16, generator=generator)
+    return DataLoader(TensorDataset(x, x[:, :4].argmax(1)), batch_size=8)
+
+
+def make_trainer(precision: str, fused: bool, **options: Any) -> L.Trainer:
+    chosen = {"plugins": [FusedPrecision(precision)]} if fused else {"precision": precision}
+    return L.Trainer(accelerator="cpu", **{"devices": 1, "max_epochs": 2, **QUIET, **chosen, **options})
+
+
+def train(precision: str, fused: bool, model: type[Net] = Net, **options: Any) -> Net:
+    torch.manual_seed(0)
+    net = model()
+    make_trainer(precision, fused, **options).fit(net, batches())
+    return net
+
+
+def distance(a: list[float], b: list[float]) -> float:
+    assert len(a) == len(b) > 0
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def assert_same_curve(fused: list[float], vanilla: list[float], exact: list[float]) -> None:
+    """The operators' own contract, for a whole run: at most twice as far from the float64 run as vanilla is."""
+    assert fused[-1] < fused[0], "nothing was learned, so the curves say nothing"
+    assert distance(fused, exact) <= 2 * distance(vanilla, exact)
