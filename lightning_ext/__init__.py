@@ -6,10 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compile_cache import load_compile_cache as load_compile_cache
+    from .compile_cache import save_compile_cache as save_compile_cache
     from .fabric_fused_precision import FabricFusedPrecision as FabricFusedPrecision
     from .fused_callback import FusedCallback as FusedCallback
     from .fused_deepspeed_precision import FusedDeepSpeedPrecision as FusedDeepSpeedPrecision
     from .fused_precision import FusedPrecision as FusedPrecision
+    from .recompiles import RegionReport as RegionReport
+    from .regional import compile_regions as compile_regions
+    from .regional import uncompile_regions as uncompile_regions
     from .sharding import prepare_for_sharding as prepare_for_sharding
 
 # Loaded on first use, so that the package imports where Lightning is not installed.
@@ -18,14 +23,24 @@ _MODULES = {
     "FusedCallback": "fused_callback",
     "FusedDeepSpeedPrecision": "fused_deepspeed_precision",
     "FusedPrecision": "fused_precision",
+    "RegionReport": "recompiles",
+    "compile_regions": "regional",
+    "load_compile_cache": "compile_cache",
     "prepare_for_sharding": "sharding",
+    "save_compile_cache": "compile_cache",
+    "uncompile_regions": "regional",
 }
 __all__ = [
     "FabricFusedPrecision",
     "FusedCallback",
     "FusedDeepSpeedPrecision",
     "FusedPrecision",
+    "RegionReport",
+    "compile_regions",
+    "load_compile_cache",
     "prepare_for_sharding",
+    "save_compile_cache",
+    "uncompile_regions",
 ]
 
 

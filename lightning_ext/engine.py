@@ -100,7 +100,7 @@ def _compile(module: Module, recipe: Recipe) -> Any:
     if recipe.compile == "off":
         return None
     if recipe.compile == "regional":
-        from .regional import compile_regions  # type: ignore[import-not-found]
+        from .regional import compile_regions
 
         return compile_regions(module, **recipe.compile_kwargs)
     lines = []
