@@ -1,0 +1,87 @@
+"""One line of FusedPrecision, unchanged, on two processes: DDP, FSDP, ModelParallelStrategy (FSDP2) and Fabric.
+
+Gradients are accumulated over two batches and clipped by norm in all runs; fused runs step with a fused optimizer,
+release gradients early and compile regions.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch.multiprocessing as mp
+
+pytest.importorskip("lightning", reason="needs the extra braze[lightning]")
+from . import lightning_ranks as ranks  # noqa: E402  (after the skip)
+from .lightning_net import assert_same_curve, distance  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("lightning strategies")
+CASES = [(name, precision) for name, precisions in ranks.PRECISIONS.items() for precision in precisions]
+Outcomes = dict[tuple[int, str], Any]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Iterator[Outcomes]:
+    with tempfile.TemporaryDirectory() as folder, mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(ranks.train_all, (folder, results), nprocs=ranks.PROCESSES)
+        yield dict(results)
+
+
+def of(outcomes: Outcomes, title: str, rank: int = 0) -> Any:
+    found = outcomes[rank, title]
+    assert not isinstance(found, str), found
+    return found
+
+
+def test_clipping_decides_the_exact_curve(outcomes: Outcomes) -> None:
+    assert distance(of(outcomes, "exact")["losses"], of(outcomes, "unclipped")["losses"]) > 0.1
+
+
+@pytest.mark.parametrize(("name", "precision"), CASES)
+def test_loss_curve_is_vanillas_on_two_devices(outcomes: Outcomes, name: str, precision: str) -> None:
+    for rank in range(ranks.PROCESSES):
+        titles = (f"{name} {precision} fused", f"{name} {precision} vanilla", "exact")
+        fused, vanilla, exact = (of(outcomes, title, rank) for title in titles)
+        assert_same_curve(fused["losses"], vanilla["losses"], exact["losses"])
+        assert fused["steps"] == vanilla["steps"] == 6
+        assert fused["ranks"] == ranks.PROCESSES
+        assert fused["regions"] == 2, "the two blocks"
+
+
+@pytest.mark.parametrize(("name", "precision"), CASES)
+def test_renamed_keys_there_are_none(outcomes: Outcomes, name: str, precision: str) -> None:
+    fused, vanilla = (of(outcomes, f"{name} {precision} {kind}")["keys"] for kind in ("fused", "vanilla"))
+    assert fused == vanilla
+
+
+@pytest.mark.parametrize("name", ranks.PRECISIONS)
+@pytest.mark.parametrize(("first", "second"), [("vanilla", "fused"), ("fused", "vanilla")])
+def test_resumes_in_the_middle_of_an_epoch(outcomes: Outcomes, name: str, first: str, second: str) -> None:
+    resumed = of(outcomes, f"{name} {first} to {second}")
+    reference = of(outcomes, f"{name} vanilla to vanilla")
+    exact = of(outcomes, "exact resumed")["losses"]
+    assert resumed["steps"] == reference["steps"] == 6
+    assert len(resumed["losses"]) == 8
+    assert distance(resumed["losses"], exact) <= 2 * distance(reference["losses"], exact)
+
+
+def test_replacing_modules_after_fsdp2_sharding_and_before_is_the_same(outcomes: Outcomes) -> None:
+    assert of(outcomes, "fsdp2 prepared")["losses"] == of(outcomes, "fsdp2 32-true fused")["losses"]
+
+
+def test_stochastic_rounding_learns_under_fsdp2(outcomes: Outcomes) -> None:
+    losses = of(outcomes, "fsdp2 stochastic")["losses"]
+    assert losses[-1] < losses[0]
+
+
+def test_channels_last_with_fsdp2_is_refused(outcomes: Outcomes) -> None:
+    assert "memory_format must be None for parameters sharded by fully_shard" in outcomes[0, "fsdp2 channels_last"]
+
+
+def test_fabric_trains_what_vanilla_trains(outcomes: Outcomes) -> None:
+    fused, vanilla = (of(outcomes, f"fabric {kind}")["losses"] for kind in ("fused", "vanilla"))
+    assert fused[-1] < fused[0]
+    assert distance(fused, vanilla) == 0
