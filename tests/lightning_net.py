@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -12,6 +14,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from braze.lightning_ext import FusedPrecision
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+WARNINGS = [
+    # Lightning's class for advice: add workers, define no unused loop, set a log interval.
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    # Lightning 2.6 builds a class of torch.utils._pytree that later versions of torch deprecate.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
+    # torch's own RMSNorm says that it is slow under autocast, in the vanilla run.
+    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),
+]
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
 
@@ -48,6 +58,17 @@ class Net(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+class SaveInTheMiddle(L.Callback):
+    """After four batches of the first epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, model: Net, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == 0 and batch_idx == 3:
+            trainer.save_checkpoint(self.path)
 
 
 def batches() -> DataLoader:

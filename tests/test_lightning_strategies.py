@@ -1,7 +1,7 @@
 """One line of FusedPrecision, unchanged, on two processes: DDP, FSDP, ModelParallelStrategy (FSDP2) and Fabric.
 
 Gradients are accumulated over two batches and clipped by norm in all runs; fused runs step with a fused optimizer,
-release gradients early and compile regions.
+release gradients early and, but for bf16-true, compile regions.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import pytest
 import torch.multiprocessing as mp
 
 pytest.importorskip("lightning", reason="needs the extra braze[lightning]")
-from . import lightning_ranks as ranks  # noqa: E402  (after the skip)
-from .lightning_net import assert_same_curve, distance  # noqa: E402
+from . import lightning_ranks as ranks
+from .lightning_net import assert_same_curve, distance
 
 pytestmark = pytest.mark.xdist_group("lightning strategies")
 CASES = [(name, precision) for name, precisions in ranks.PRECISIONS.items() for precision in precisions]
@@ -48,7 +48,7 @@ def test_loss_curve_is_vanillas_on_two_devices(outcomes: Outcomes, name: str, pr
         assert_same_curve(fused["losses"], vanilla["losses"], exact["losses"])
         assert fused["steps"] == vanilla["steps"] == 6
         assert fused["ranks"] == ranks.PROCESSES
-        assert fused["regions"] == 2, "the two blocks"
+        assert fused["regions"] == (0 if precision == "bf16-true" else 2), "the two blocks"
 
 
 @pytest.mark.parametrize(("name", "precision"), CASES)
@@ -62,19 +62,24 @@ def test_renamed_keys_there_are_none(outcomes: Outcomes, name: str, precision: s
 def test_resumes_in_the_middle_of_an_epoch(outcomes: Outcomes, name: str, first: str, second: str) -> None:
     resumed = of(outcomes, f"{name} {first} to {second}")
     reference = of(outcomes, f"{name} vanilla to vanilla")
-    exact = of(outcomes, "exact resumed")["losses"]
     assert resumed["steps"] == reference["steps"] == 6
-    assert len(resumed["losses"]) == 8
-    assert distance(resumed["losses"], exact) <= 2 * distance(reference["losses"], exact)
+    assert len(resumed["losses"]) == 8, "the last two batches of the first epoch and all of the second"
+    # Vanilla's own noise is its distance from float64, and fused may have twice as much: three times between them. What
+    # resumes is compared with vanilla resumed, not with float64: FSDPStrategy resumes otherwise than DDP.
+    noise = distance(of(outcomes, f"{name} 32-true vanilla")["losses"], of(outcomes, "exact")["losses"])
+    assert distance(resumed["losses"], reference["losses"]) <= 3 * noise
 
 
 def test_replacing_modules_after_fsdp2_sharding_and_before_is_the_same(outcomes: Outcomes) -> None:
-    assert of(outcomes, "fsdp2 prepared")["losses"] == of(outcomes, "fsdp2 32-true fused")["losses"]
+    prepared, after, exact = (
+        of(outcomes, name)["losses"] for name in ("fsdp2 prepared", "fsdp2 32-true fused", "exact")
+    )
+    assert_same_curve(prepared, after, exact)
 
 
 def test_stochastic_rounding_learns_under_fsdp2(outcomes: Outcomes) -> None:
     losses = of(outcomes, "fsdp2 stochastic")["losses"]
-    assert losses[-1] < losses[0]
+    assert sum(losses[6:]) < sum(losses[:6]), "the second epoch is the first one's batches again"
 
 
 def test_channels_last_with_fsdp2_is_refused(outcomes: Outcomes) -> None:
@@ -82,6 +87,5 @@ def test_channels_last_with_fsdp2_is_refused(outcomes: Outcomes) -> None:
 
 
 def test_fabric_trains_what_vanilla_trains(outcomes: Outcomes) -> None:
-    fused, vanilla = (of(outcomes, f"fabric {kind}")["losses"] for kind in ("fused", "vanilla"))
-    assert fused[-1] < fused[0]
-    assert distance(fused, vanilla) == 0
+    fused, vanilla, exact = (of(outcomes, f"fabric {kind}")["losses"] for kind in ("fused", "vanilla", "exact"))
+    assert_same_curve(fused, vanilla, exact)
