@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -77,12 +79,14 @@ def batches() -> DataLoader:
     return DataLoader(TensorDataset(x, x[:, :4].argmax(1)), batch_size=8)
 
 
-def make_trainer(precision: str, fused: bool, **options: Any) -> L.Trainer:
-    chosen = {"plugins": [FusedPrecision(precision)]} if fused else {"precision": precision}
+def make_trainer(precision: str, fused: bool | Precision, **options: Any) -> L.Trainer:
+    """With Lightning's own plugin of a precision, with braze's, or with the one that is passed."""
+    plugin = FusedPrecision(precision) if fused is True else fused
+    chosen = {"plugins": [plugin]} if plugin else {"precision": precision}
     return L.Trainer(accelerator="cpu", **{"devices": 1, "max_epochs": 2, **QUIET, **chosen, **options})
 
 
-def train(precision: str, fused: bool, model: type[Net] = Net, **options: Any) -> Net:
+def train(precision: str, fused: bool | Precision, model: Callable[[], Net] = Net, **options: Any) -> Net:
     torch.manual_seed(0)
     net = model()
     make_trainer(precision, fused, **options).fit(net, batches())
