@@ -21,6 +21,8 @@ WARNINGS = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
     # Lightning 2.6 builds a class of torch.utils._pytree that later versions of torch deprecate.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
+    # Dynamo looks at the gradient of what flows into a compiled block.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     # torch's own RMSNorm says that it is slow under autocast, in the vanilla run.
     pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),
 ]
