@@ -17,7 +17,11 @@ from braze.lightning_ext import FusedCallback, FusedPrecision
 
 from .lightning_net import WARNINGS, Net, batches
 
-pytestmark = WARNINGS
+pytestmark = [
+    *WARNINGS,
+    # LightningCLI 2.6 calls what jsonargparse 4.53 has renamed.
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+]
 
 YAML = """
 seed_everything: 0
