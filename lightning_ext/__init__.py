@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from .fused_callback import FusedCallback as FusedCallback
     from .fused_deepspeed_precision import FusedDeepSpeedPrecision as FusedDeepSpeedPrecision
     from .fused_precision import FusedPrecision as FusedPrecision
+    from .meters import MetersCallback as MetersCallback
+    from .prefetch import PrefetchCallback as PrefetchCallback
     from .recompiles import RegionReport as RegionReport
     from .regional import compile_regions as compile_regions
     from .regional import uncompile_regions as uncompile_regions
     from .sharding import prepare_for_sharding as prepare_for_sharding
+    from .start_report import fit_report as fit_report
 
 # Loaded on first use, so that the package imports where Lightning is not installed.
 _MODULES = {
@@ -23,8 +26,11 @@ _MODULES = {
     "FusedCallback": "fused_callback",
     "FusedDeepSpeedPrecision": "fused_deepspeed_precision",
     "FusedPrecision": "fused_precision",
+    "MetersCallback": "meters",
+    "PrefetchCallback": "prefetch",
     "RegionReport": "recompiles",
     "compile_regions": "regional",
+    "fit_report": "start_report",
     "load_compile_cache": "compile_cache",
     "prepare_for_sharding": "sharding",
     "save_compile_cache": "compile_cache",
@@ -35,8 +41,11 @@ __all__ = [
     "FusedCallback",
     "FusedDeepSpeedPrecision",
     "FusedPrecision",
+    "MetersCallback",
+    "PrefetchCallback",
     "RegionReport",
     "compile_regions",
+    "fit_report",
     "load_compile_cache",
     "prepare_for_sharding",
     "save_compile_cache",

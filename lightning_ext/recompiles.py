@@ -13,6 +13,7 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.utils import guard_failures
 
 from .repeated import Left
+from .table import Table
 
 #: What torch's guard failures say → the cause, and what the user can change.
 CAUSES = (
@@ -37,15 +38,16 @@ CAUSES = (
         "input without gradient",
         "a first block's input may need no gradient; no change is needed",
     ),
-    (r"requires_grad", "requires_grad", "frozen and trained blocks have a graph each; freeze whole kinds"),
+    (r"requires_grad", "frozen parameter", "frozen and trained blocks have a graph each; freeze whole kinds"),
     (r"stride mismatch", "memory layout", "keep one memory format; .contiguous() where it varies"),
     (
         r"== -?\d+(?!\.?\d*[.e])",
         "int attribute",
         "give equal blocks equal values, or keep the number in a tensor buffer",
     ),
-    (r"== -?[\d.]+(e-?\d+)?", "float attribute", "give equal blocks equal values (dropout and drop-path rates too)"),
+    (r"== -?[\d.]+(e-?\d+)?$", "float attribute", "give equal blocks equal values (dropout and drop-path rates too)"),
     (r"rank mismatch", "number of dimensions", "pass tensors of as many dimensions each time"),
+    (r"\bmodule\.", "attribute", "blocks that differ in it have a graph each; give equal blocks equal values"),
 )
 
 
@@ -97,7 +99,7 @@ class Region:
     def news(self) -> Iterator[str]:
         """What the user should be told, each once."""
         found = self.recompiles
-        where = f"{self.kind} ({len(self.paths)} blocks: {_pattern(self.paths)})"
+        where = f"{self.kind} ({len(self.paths)} blocks: {pattern(self.paths)})"
         for one in found:
             if one.cause == "batch size" and self._first("batch size"):
                 yield (
@@ -158,32 +160,27 @@ class RegionReport:
         return regions + [{"kind": one.was, "paths": [one.path], "left": one.reason} for one in self.left]
 
     def __str__(self) -> str:
-        header = ("region", "blocks", "where", "compiled", "why again, and what to change")
-        rows = [header, *(row for region in self.regions for row in _rows(region))]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ["  ".join((*map(str.ljust, row, widths), row[4])).rstrip() for row in rows]
-        lines.insert(1, "─" * max(map(len, lines)))
+        rows = [row for region in self.regions for row in _rows(region)]
         groups: dict[tuple[str, str], list[str]] = {}
         for one in self.left:
             groups.setdefault((one.was, one.reason), []).append(one.path)
-        lines += [
-            f"left: {was} {_pattern(paths) or '(the model)'}: {reason}" for (was, reason), paths in groups.items()
-        ]
+        notes = [f"left: {was} {pattern(paths) or '(the model)'}: {reason}" for (was, reason), paths in groups.items()]
         blocks = sum(len(region.paths) for region in self.regions)
-        lines.append(f"{blocks} blocks of {len(self)} kinds" if self.regions else "no repeated blocks found")
-        return "\n".join(lines)
+        notes.append(f"{blocks} blocks of {len(self)} kinds" if self.regions else "no repeated blocks found")
+        header = ("region", "blocks", "where", "compiled", "why again, and what to change")
+        return str(Table(header, rows, notes=notes))
 
 
 def _rows(region: Region) -> list[tuple[str, ...]]:
     notes = [f"{one.cause} ({one.example}): {one.change}" for one in region.recompiles]
     if region.breaks:
         notes.append("a graph break divides it: fullgraph=True raises where it is")
-    first = (region.kind, f"×{len(region.paths)}", _pattern(region.paths), f"{region.frames}×")  # noqa: RUF001 (the multiplication sign is meant)
+    first = (region.kind, f"×{len(region.paths)}", pattern(region.paths), f"{region.frames}×")  # noqa: RUF001 (the multiplication sign is meant)
     return [(*first, notes[0] if notes else ""), *(("", "", "", "", note) for note in notes[1:])]
 
 
-def _pattern(paths: list[str]) -> str:
-    """Paths that differ in one number as a range, ``layers.0-11``; else each with its numbers replaced by ``*``."""
+def pattern(paths: list[str]) -> str:
+    """Paths with their numbers replaced by ``*``, each once."""
     if len(paths) == 1:
         return paths[0]
     patterns = dict.fromkeys(re.sub(r"(?<![^._])\d+(?![^._])", "*", path) for path in paths)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable
+from inspect import signature
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -35,11 +36,12 @@ def compile_regions(
 
     Args:
         module: the model, before or after ``fully_shard``; before it is wrapped by FSDP1.
-        budget: how many graphs a kind may need before a warning says what made it recompile and what to change. Beyond
-            ``torch._dynamo.config.recompile_limit`` (8) torch runs new variants eagerly.
+        budget: how many graphs a kind may need before a warning says what made it recompile and what to change.
         dynamic_batch: whether dimension 0 of tensors that enter a block has no fixed size, so that a last batch that is
             not full needs no graph of its own. Kernels for unknown sizes may be slower.
-        compile_kwargs: passed to ``torch.compile``.
+        compile_kwargs: passed to ``torch.compile``. Its ``recompile_limit``, from where on torch runs new variants
+            eagerly, is twice the number of a kind's blocks and at least 8, so that blocks which differ in a dropout
+            rate are all compiled. Versions of torch without it stop at ``torch._dynamo.config.recompile_limit``.
 
     Returns:
         A live report: print it at any time to see how many graphs each kind has, and why.
@@ -89,6 +91,8 @@ def _region(group: list[Block], chosen: dict[str, Any], compile_kwargs: dict[str
     options: dict[str, Any] = {
         name: dict(value) if isinstance(value, dict) else value for name, value in compile_kwargs.items()
     }
+    if "recompile_limit" in signature(torch.compile).parameters:
+        options.setdefault("recompile_limit", max(torch._dynamo.config.recompile_limit, 2 * len(group)))
     region = Region(kind.__name__, [block.path for block in group], body.__code__, chosen)
     return _watched(torch.compile(body, **options), region)
 

@@ -58,7 +58,7 @@ class _Search:
             return [], [Left("", type(self.model).__name__, "it is compiled as a whole")]
         self._visit("", self.model, set())
         groups = [group for group in self._groups.values() if len(group) > 1]
-        chosen = {type(block.module) for group in groups for block in group}
+        chosen = {type(block.module) for group in groups for block in group} - {nn.Sequential}
         self._left += list(self._single(chosen, groups))
         return groups, self._left
 
@@ -66,7 +66,7 @@ class _Search:
         """A number that equal modules share."""
         shapes = []
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if is_lazy(tensor):
+            if tensor is not None and is_lazy(tensor):
                 raise ValueError(
                     f"compile_regions: every parameter must have a shape, {path}.{name} has none yet; "
                     "run one batch through the model first"
@@ -111,8 +111,9 @@ class _Search:
 
     def _single(self, classes: set[type], groups: list[list[Block]]) -> Iterator[Left]:
         inside = {part for group in groups for block in group for part in block.module.modules()}
+        told = {left.path for left in self._left}
         for path, module in self.model.named_modules():
-            if type(module) in classes and module not in inside:
+            if type(module) in classes and module not in inside and path not in told:
                 yield Left(path, type(module).__name__, "its structure occurs once")
 
 

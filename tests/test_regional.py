@@ -1,0 +1,535 @@
+"""Regional compilation: which blocks are found, how many graphs they need, and that nothing else of a model changes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.data import DataLoader, TensorDataset
+
+from braze.lightning_ext import compile_regions, load_compile_cache, save_compile_cache, uncompile_regions
+from braze.lightning_ext.recompiles import CAUSES
+
+# torch's compiler looks whether an input has a gradient, and means to hide what autograd says to that.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+WIDTH = 8
+
+
+class Block(nn.Module):
+    def __init__(self, layer_idx: int = 0, rate: float = 0.5) -> None:
+        super().__init__()
+        self.layer_idx, self.rate = layer_idx, rate
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.linear(self.norm(x)) * (self.layer_idx + 1)
+        return x + (y if mask is None else y * mask)
+
+
+class Stage(nn.Module):
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        for index in range(depth):
+            setattr(self, f"block{index}", nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.LayerNorm(width)))
+        self.depth = depth
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in range(self.depth):
+            x = getattr(self, f"block{index}")(x)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def blocks(count: int = 12) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), *(Block(index) for index in range(count)))
+
+
+def batch(rows: int = 4) -> Tensor:
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def eager(model: nn.Module, **options: Any) -> Any:
+    """Compile with no code generation, which leaves every count of graphs as it is."""
+    return compile_regions(model, backend="eager", fullgraph=True, **options)
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+
+
+def paths(report: Any) -> list[list[str]]:
+    return [region.paths for region in report]
+
+
+# Counts of graphs
+
+
+@pytest.mark.parametrize("count", [2, 3, 12])
+def test_int_layer_idx_needs_two_graphs_for_any_number_of_blocks(count: int) -> None:
+    model = blocks(count)
+    report = eager(model)
+    for _ in range(3):
+        model(batch()).sum().backward()
+    assert len(report) == 1
+    assert report.frames == 2
+    assert not torch._dynamo.config.allow_unspec_int_on_nn_module
+
+
+def test_equal_blocks_need_one_graph() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *(Block() for _ in range(12)))
+    report = eager(model)
+    model(batch())
+    assert report.frames == 1
+
+
+def test_values_and_gradients_are_those_without_regions() -> None:
+    plain, model = blocks(), blocks()
+    eager(model)
+    for ours, theirs in zip(gradients(model, batch()), gradients(plain, batch()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+def test_self_log_breaks_no_graph() -> None:
+    lightning = pytest.importorskip("lightning", reason="needs the extra braze[lightning]")
+
+    class Net(lightning.LightningModule):
+        def __init__(self, logs: int) -> None:
+            super().__init__()
+            self.logs, self.body = logs, blocks(4)
+
+        def training_step(self, data: list[Tensor], index: int) -> Tensor:
+            loss = self.body(data[0]).square().mean()
+            for number in range(self.logs):
+                self.log(f"loss {number}", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    frames = []
+    for logs in (0, 1, 3):
+        torch._dynamo.reset()
+        counters.clear()
+        net = Net(logs)
+        report = compile_regions(net, backend="eager")
+        trainer = lightning.Trainer(
+            max_steps=4, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False,
+        )  # fmt: skip
+        trainer.fit(net, DataLoader(TensorDataset(batch(16)), batch_size=4))
+        frames.append((report.frames, counters["stats"]["unique_graphs"]))
+        assert not any(region.breaks for region in report)
+    assert frames == [(2, 2)] * 3
+
+
+def test_kinds_of_one_class_do_not_share_a_limit() -> None:
+    """Nine widths of one class: torch would stop at eight graphs of one forward, and run the others eagerly."""
+    model = nn.ModuleList(Stage(4 + width, 2) for width in range(9))
+    report = eager(model)
+    with torch.no_grad():
+        for width, stage in enumerate(model):
+            stage(torch.randn(2, 4 + width))
+    assert [region.frames for region in report] == [1] * 9
+
+
+# What is found
+
+
+MODELS = {
+    "vit_tiny_patch16_224": {"img_size": 32},
+    "mixer_s32_224": {"img_size": 64},
+    "resnet34": {},
+    "convnext_atto": {},
+    "efficientnet_b0": {},
+    "regnety_002": {},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_timm_models_without_a_module_list_of_blocks(name: str) -> None:
+    timm = pytest.importorskip("timm", reason="needs the extra braze[vision]")
+    model = timm.create_model(name, num_classes=2, **MODELS[name]).eval()
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    assert not any(len(part) > 1 and len({type(child) for child in part}) == 1 for part in lists)
+    size = MODELS[name].get("img_size", 32)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(images)
+        report = eager(model)
+        torch.testing.assert_close(model(images), before, rtol=0, atol=0)
+    assert len(report) > 0
+    for region in report:
+        assert len(region.paths) > 1
+        assert 1 <= region.frames <= 2
+
+
+def test_torchvision_models() -> None:
+    models = pytest.importorskip("torchvision.models", reason="needs the extra braze[vision]")
+    assert ["layer1.0", "layer1.1"] in paths(eager(models.resnet18()))
+    vit = models.VisionTransformer(32, 16, 3, 1, WIDTH, WIDTH, num_classes=2)
+    assert paths(eager(vit)) == [[f"encoder.layers.encoder_layer_{index}" for index in range(3)]]
+
+
+def test_numbered_attributes_in_nested_stages() -> None:
+    model = nn.ModuleDict({"a": Stage(4, 3), "b": Stage(8, 2)})
+    assert paths(eager(model)) == [["a.block0", "a.block1", "a.block2"], ["b.block0", "b.block1"]]
+
+
+def test_the_outermost_unit_is_taken() -> None:
+    model = nn.Sequential(*(nn.Sequential(Block(), nn.Linear(WIDTH, 3), nn.Linear(3, WIDTH)) for _ in range(3)))
+    assert paths(eager(model)) == [["0", "1", "2"]]
+
+
+def test_layers_of_twin_encoders_are_taken_for_the_encoders() -> None:
+    model = nn.ModuleDict({"query": blocks(4), "key": blocks(4)})
+    assert paths(eager(model)) == [[f"{twin}.{index}" for twin in ("query", "key") for index in range(1, 5)]]
+
+
+def test_blocks_of_other_shapes_and_lone_layers_are_left() -> None:
+    model = nn.Sequential(Stage(4, 1), Stage(5, 1), *(nn.Linear(4, 4) for _ in range(3)))
+    assert len(eager(model)) == 0
+    model = nn.Sequential(Block(), Block(), Block())
+    model[2].linear = nn.Linear(WIDTH, WIDTH, bias=False)
+    report = eager(model)
+    assert paths(report) == [["0", "1"]]
+    assert [(left.path, left.reason) for left in report.left] == [("2", "its structure occurs once")]
+    assert "left: Block 2: its structure occurs once" in str(report)
+
+
+def test_a_block_at_two_places_is_one_block() -> None:
+    block = Block()
+    assert len(eager(nn.Sequential(block, block))) == 0
+
+
+def test_what_the_user_compiled_or_replaced_is_left() -> None:
+    model = blocks(4)
+    model[1].compile(backend="eager")
+    model[2].forward = lambda x: x
+    report = eager(model)
+    assert paths(report) == [["3", "4"]]
+    assert {left.path: left.reason for left in report.left} == {
+        "1": "it is compiled already",
+        "2": "its forward was replaced by something else",
+    }
+    model.compile(backend="eager")
+    assert [left.reason for left in eager(model).left] == ["it is compiled as a whole"]
+
+
+# What stays as it was
+
+
+def test_no_key_gains_orig_mod_and_undo_leaves_nothing() -> None:
+    model = blocks()
+    keys, classes, contents = list(model.state_dict()), list(map(type, model.modules())), [*map(set, map(vars, model))]
+    eager(model)
+    model(batch())
+    assert list(model.state_dict()) == keys
+    assert list(map(type, model.modules())) == classes
+    uncompile_regions(model)
+    assert [*map(set, map(vars, model))] == contents
+    counters.clear()
+    model(batch(5))
+    assert not counters["stats"]
+
+
+def test_a_second_call_compiles_nothing_anew() -> None:
+    model = blocks()
+    first = eager(model)
+    model(batch())
+    second = eager(model)
+    model(batch())
+    assert (first.frames, second.frames) == (2, 2)
+    assert paths(second) == paths(first)
+    with pytest.raises(
+        ValueError, match=r"arguments must be those .*'budget': 4.* got .*'budget': 5.*uncompile_regions"
+    ):
+        eager(model, budget=5)
+
+
+def test_deepcopy_runs_its_own_weights_in_the_same_graphs() -> None:
+    model = blocks()
+    report = eager(model)
+    before = model(batch())
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not torch.equal(twin(batch()), before)
+    torch.testing.assert_close(model(batch()), before, rtol=0, atol=0)
+    assert report.frames == 2
+    uncompile_regions(twin)
+    assert "forward" not in vars(twin[1])
+    assert "forward" in vars(model[1])
+
+
+def test_pickle_reads_back_a_model_without_regions() -> None:
+    model = blocks()
+    report = eager(model)
+    before = model(batch())
+    counters.clear()
+    read, kept = pickle.loads(pickle.dumps((model, report)))
+    torch.testing.assert_close(read(batch()), before, rtol=0, atol=0)
+    assert not counters["stats"]
+    assert kept.frames == report.frames == 2
+    assert str(kept) == str(report)
+    assert paths(eager(read)) == paths(report)
+
+
+def test_compiling_the_whole_model_later_takes_the_blocks_in() -> None:
+    model = blocks(3)
+    report = eager(model)
+    counters.clear()
+    torch.compile(model, backend="eager", fullgraph=True)(batch())
+    assert counters["stats"]["unique_graphs"] == 1
+    assert report.frames == 0
+
+
+def test_options_stay_the_users() -> None:
+    """torch.compile takes ``guard_filter_fn`` out of the dict that it gets, and the second kind would go without."""
+    seen = []
+    options = {"guard_filter_fn": lambda guards: [seen.append(len(guards)) or True for _ in guards]}
+    model = nn.ModuleDict({"a": Stage(4, 2), "b": Stage(8, 2)})
+    compile_regions(model, backend="eager", options=options)
+    assert list(options) == ["guard_filter_fn"]
+    model["a"](torch.randn(2, 4))
+    count = len(seen)
+    model["b"](torch.randn(2, 8))
+    assert 0 < count < len(seen)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[Any]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("order", ["shard first", "compile first"])
+def test_sequential_blocks_under_fsdp2_are_compiled(order: str, one_process: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    stage = Stage(WIDTH, 3)
+    expected = gradients(copy.deepcopy(stage), batch())
+    reports = [] if order == "shard first" else [eager(stage)]
+    for part in [*stage.children(), stage]:
+        fully_shard(part, mesh=one_process)
+    reports += [eager(stage)] if order == "shard first" else []
+    stage(batch()).square().sum().backward()
+    assert 1 <= reports[0].frames <= 2
+    for parameter, gradient in zip(stage.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), gradient, rtol=0, atol=0)
+
+
+# Recompilations
+
+
+def causes(report: Any) -> set[str]:
+    return {one.cause for region in report for one in region.recompiles}
+
+
+def test_ragged_last_batch_warns_once_with_what_to_change() -> None:
+    model = blocks(3)
+    report = eager(model)
+    model(batch(4))
+    with pytest.warns(UserWarning, match=r"Block .*another batch size .*expected 4, actual 3.*drop_last=True"):
+        model(batch(3))
+    model(batch(2))
+    assert "batch size" in causes(report)
+
+
+def test_ragged_last_batch_needs_no_graph_with_a_dynamic_batch() -> None:
+    model = blocks(3)
+    report = eager(model, dynamic_batch=True)
+    for rows in (4, 3, 2):
+        model(batch(rows))
+    assert report.frames == 2
+    assert "batch size" not in causes(report)
+
+
+@pytest.mark.filterwarnings("ignore:compile_regions")
+class Dropped(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+CHANGES = {
+    "grad mode": lambda block, x: torch.no_grad()(block)(x),
+    "global state": lambda block, x: torch.autocast("cpu", torch.bfloat16)(block)(x),
+    "training mode": lambda block, x: block.eval()(x),
+    "batch size": lambda block, x: block(x[:2]),
+    "shape": lambda block, x: block(x[:, :3]),
+    "dtype": lambda block, x: block.double()(x.double()),
+    "number of dimensions": lambda block, x: block(x[0]),
+    "memory layout": lambda block, x: block(x.transpose(0, 1).contiguous().transpose(0, 1)),
+    "frozen parameter": lambda block, x: block.requires_grad_(False)(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:compile_regions")
+@pytest.mark.parametrize("cause", CHANGES)
+def test_causes_are_told_from_torchs_guard_failures(cause: str) -> None:
+    model = nn.Sequential(Dropped(), Dropped())
+    report = eager(model)
+    x = torch.randn(4, 6, WIDTH, requires_grad=True)
+    model[0](x)
+    CHANGES[cause](model[0], x)
+    assert causes(report) == {cause}
+
+
+def test_float_attributes_and_optional_arguments_are_told() -> None:
+    class Dropped(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return nn.functional.dropout(super().forward(x, mask), self.rate)
+
+    model = nn.Sequential(Dropped(rate=0.1), Dropped(rate=0.2))
+    report = eager(model)
+    model(batch().requires_grad_())
+    assert causes(report) == {"float attribute"}
+    assert "rate == 0.1" in str(report)
+    model = nn.Sequential(Block(), Block())
+    report = eager(model)
+    model[1](model[0](batch().requires_grad_(), mask=None), mask=torch.ones(WIDTH))
+    assert causes(report) == {"optional argument"}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "cause"),
+    [("heads", (2, 4), "int attribute"), ("name", ("a", "b"), "attribute"), ("flag", (True, False), "attribute")],
+)
+def test_attributes_that_differ_are_told(name: str, values: tuple[Any, Any], cause: str) -> None:
+    class Chooses(Block):
+        heads, name, flag = 2, "a", True
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = x.reshape(x.shape[0], self.heads, -1).softmax(-1).flatten(1)
+            return self.linear(heads) if self.flag and self.name == "a" else self.norm(heads)
+
+    model = nn.Sequential(Chooses(), Chooses())
+    for block, value in zip(model, values, strict=True):
+        setattr(block, name, value)
+    report = eager(model)
+    model(batch().requires_grad_())
+    assert causes(report) == {cause}
+    assert f"module.{name} ==" in str(report)
+
+
+@pytest.mark.skipif(
+    "recompile_limit" not in inspect.signature(torch.compile).parameters, reason="this torch has one limit for all"
+)
+@pytest.mark.filterwarnings("ignore:compile_regions")
+def test_blocks_with_rates_of_their_own_are_all_compiled() -> None:
+    """Stochastic depth: torch specializes on each rate, and would run the ninth block eagerly, or refuse."""
+
+    class Dropped(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(x), self.rate)
+
+    model = nn.Sequential(*(Dropped(rate=index / 20) for index in range(1, 10)))
+    report = eager(model)
+    model(batch().requires_grad_())
+    assert report.frames == 9
+
+
+def test_budget_warning_lists_causes_and_changes() -> None:
+    model = nn.Sequential(Block(), Block())
+    report = eager(model, budget=1)
+    x = batch().requires_grad_()
+    model(x)
+    told = r"compiled 2 times; its budget is 1:\n  grad mode: .*validation"
+    with torch.no_grad(), pytest.warns(UserWarning, match=told):
+        model[0](x)
+    model(x)
+    assert report.frames == 2
+
+
+def test_a_graph_break_is_told() -> None:
+    class Broken(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            torch._dynamo.graph_break()
+            return x + 1
+
+    model = nn.Sequential(Broken(), Broken())
+    report = compile_regions(model, backend="eager")
+    model(batch())
+    assert report.regions[0].breaks
+    assert "fullgraph=True" in str(report)
+
+
+def test_report_is_plain_values() -> None:
+    model = blocks(3)
+    model.append(nn.Sequential())
+    report = eager(model)
+    model(batch())
+    found = json.loads(json.dumps(report.as_dicts()))
+    assert found[0]["kind"] == "Block"
+    assert found[0]["frames"] == 2
+    assert found[0]["recompiles"] == [dataclasses.asdict(one) for one in report.regions[0].recompiles]
+
+
+def test_every_cause_says_what_to_change() -> None:
+    assert all(cause and change for _, cause, change in CAUSES)
+
+
+def test_bad_arguments_change_nothing() -> None:
+    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got list"):
+        compile_regions([Block()])
+    model = blocks(2)
+    with pytest.raises(ValueError, match="budget must be at least 1, got 0"):
+        compile_regions(model, budget=0)
+    with pytest.raises(TypeError, match="no_such"):
+        compile_regions(model, no_such=1)
+    assert "forward" not in vars(model[1])
+    lazy = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"0\.weight has none yet; run one batch"):
+        compile_regions(lazy)
+
+
+# The compile cache
+
+
+def test_cache_of_one_run_serves_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run stands for a fresh machine: torch's memory, its folder and the counts are new."""
+    from torch.compiler._cache import CacheArtifactManager
+
+    found = []
+    for run in ("first", "second"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / run))
+        CacheArtifactManager.clear()
+        torch._dynamo.reset()
+        counters.clear()
+        loaded = load_compile_cache(tmp_path / "cache")
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)))
+        compile_regions(model)
+        with torch.no_grad():
+            model(torch.ones(2, 4))
+        inductor = counters["inductor"]
+        found.append((loaded, inductor["fxgraph_cache_hit"], inductor["fxgraph_cache_miss"]))
+        assert save_compile_cache(tmp_path / "cache")
+    assert found == [(False, 0, 1), (True, 1, 0)]
+
+
+def test_cache_needs_its_folder(tmp_path: Path) -> None:
+    assert not load_compile_cache(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="the folder of path must exist"):
+        save_compile_cache(tmp_path / "no" / "cache")
