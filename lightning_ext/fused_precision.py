@@ -191,9 +191,12 @@ class FusedPrecision(FSDPPrecision):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the loss scale where Lightning's own plugin of this precision looks for it."""
-        if self.scaler is not None:
-            vanilla = "MixedPrecision" if self._root is None else "FSDPPrecision"
-            checkpoint[vanilla] = checkpoint.pop(type(self).__qualname__)
+        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+        state = checkpoint.pop(type(self).__qualname__, None)
+        if state is not None:
+            vanilla = "FSDPPrecision" if isinstance(self.scaler, ShardedGradScaler) else "MixedPrecision"
+            checkpoint[vanilla] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the loss scale from there."""

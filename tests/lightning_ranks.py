@@ -101,8 +101,14 @@ def fit(
     callbacks = [] if save is None else [SaveInTheMiddle(save)]
     trainer = L.Trainer(accelerator="cpu", devices=PROCESSES, strategy=strategy(name), callbacks=callbacks, **options)
     trainer.fit(net, batches(), ckpt_path=resume)
-    regions = sum("forward" in part.__dict__ for part in net.modules() if isinstance(part, Block))
-    found = {"losses": net.losses, "steps": trainer.global_step, "ranks": trainer.world_size, "regions": regions}
+    blocks = [part for part in net.modules() if isinstance(part, Block)]
+    found = {
+        "losses": net.losses,
+        "steps": trainer.global_step,
+        "ranks": trainer.world_size,
+        "regions": sum("forward" in block.__dict__ for block in blocks),
+        "swapped": sum(type(part) is not nn.RMSNorm for part in net.modules() if isinstance(part, nn.RMSNorm)),
+    }
     if save is not None and trainer.is_global_zero:
         checkpoint = torch.load(save, weights_only=True)
         states = checkpoint["optimizer_states"][0]["state"]

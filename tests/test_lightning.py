@@ -246,7 +246,7 @@ class ByHand(Net):
         (Net, {"callbacks": "averaging"}),
         (Net, {"callbacks": "ema"}),
     ],
-    ids=["configure_model", "manual optimization, two optimizers", "accumulation", "WeightAveraging", "EMA"],
+    ids=["configure_model", "manual optimization, two optimizers", "accumulation", "parameters averaged", "EMA"],
 )
 def test_loss_curve_is_vanillas_with(model: type[Net], options: dict[str, Any]) -> None:
     averaging = {"averaging": WeightAveraging, "ema": EMAWeightAveraging}
@@ -262,6 +262,16 @@ def test_loss_curve_is_vanillas_with(model: type[Net], options: dict[str, Any]) 
     if model is ByHand:
         assert any(fused.old), "gradients of a batch before stay under manual optimization"
     assert any("braze" in type(m).forward.__module__ for m in fused.modules()), "nothing was fused"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_outputs_and_parameters_have_vanillas_dtypes(precision: str) -> None:
+    dtypes = []
+    for fused in (False, True):
+        net = Net()
+        (first, *_) = make_trainer(precision, fused).predict(net, batches())
+        dtypes.append([first.dtype, *(p.dtype for p in net.parameters())])
+    assert dtypes[0] == dtypes[1]
 
 
 def test_learning_rate_finder_finds_vanillas_rate() -> None:

@@ -76,11 +76,11 @@ def test_lbfgs_evaluates_again_and_again() -> None:
 
 
 class Wide(L.LightningModule):
-    """Weights of a layer are as many as the activations behind it."""
+    """Sixteen layers with as many weights as activations behind them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.Tanh()) for _ in range(6)))
+        self.body = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.Tanh()) for _ in range(16)))
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         return self.body(batch[0]).square().mean()
@@ -92,7 +92,8 @@ class Wide(L.LightningModule):
 def test_peak_memory_is_lower_by_the_gradients() -> None:
     """Released late, the peak is at the end of the forward pass: all activations and all gradients of the step before.
 
-    Released early, a layer's activations go as its gradients come, so that there is no more than one kind of them.
+    Released early, a layer's activations go as its gradients come, so that there is no more than one kind of them, and
+    what the backward pass of a layer has in its hands: the gradients of its weight, output and input, and before tanh.
     """
     loader = DataLoader(TensorDataset(torch.zeros(256 * 3, 256)), batch_size=256)
     peaks = []
@@ -101,4 +102,4 @@ def test_peak_memory_is_lower_by_the_gradients() -> None:
         trainer = make_trainer("32-true", plugin, max_epochs=1)
         peaks.append(memory.peak(lambda trainer=trainer: trainer.fit(Wide(), loader)))
     gradients = sum(p.nbytes for p in Wide().parameters())
-    assert peaks[1] - peaks[0] > 0.5 * gradients
+    assert peaks[1] - peaks[0] >= gradients * (1 - 4 / 16)

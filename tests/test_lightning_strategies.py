@@ -51,6 +51,12 @@ def test_loss_curve_is_vanillas_on_two_devices(outcomes: Outcomes, name: str, pr
         assert fused["regions"] == (0 if precision == "bf16-true" else 2), "the two blocks"
 
 
+@pytest.mark.parametrize("name", ranks.PRECISIONS)
+def test_return_value_that_ddp_discards_is_not_needed(outcomes: Outcomes, name: str) -> None:
+    assert of(outcomes, f"{name} 32-true fused")["swapped"] == 2
+    assert of(outcomes, f"{name} 32-true vanilla")["swapped"] == 0
+
+
 @pytest.mark.parametrize(("name", "precision"), CASES)
 def test_renamed_keys_there_are_none(outcomes: Outcomes, name: str, precision: str) -> None:
     fused, vanilla = (of(outcomes, f"{name} {precision} {kind}")["keys"] for kind in ("fused", "vanilla"))
