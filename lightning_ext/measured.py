@@ -43,8 +43,8 @@ def summary(windows: Sequence[Window], unit: str, title: str, notes: Sequence[st
     steady = windows[1:] or windows
     readings = [window.metrics(unit) for window in steady]
     rows = []
-    for name in readings[0]:
-        values = [reading[name] for reading in readings]
+    for name in dict.fromkeys(name for reading in readings for name in reading):
+        values = [reading[name] for reading in readings if name in reading]
         rows.append((name, *(f"{value:.4g}" for value in (median(values), min(values), max(values)))))
     share = sum(window.wait for window in steady) / sum(window.seconds for window in steady)
     counted = f"readings: {len(steady)}, up to batch {windows[-1].step}; waiting for data took {share:.1%} of the time"
@@ -53,13 +53,11 @@ def summary(windows: Sequence[Window], unit: str, title: str, notes: Sequence[st
 
 def draw(windows: Sequence[Window], unit: str, title: str, path: Path) -> None:
     """Write the picture: time of a step, throughput, and what there is of utilization and memory, over the steps."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the user's
 
     steps = [window.step for window in windows]
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
     time, rate, use, memory = axes.flat
     time.plot(steps, [1e3 * window.seconds for window in windows], marker=".", label="step")
     time.plot(steps, [1e3 * window.wait for window in windows], marker=".", label="of it waiting for data")
@@ -78,7 +76,6 @@ def draw(windows: Sequence[Window], unit: str, title: str, path: Path) -> None:
         axis.set_xlabel("batches")
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _line(axis: object, steps: Sequence[int], values: Sequence[float | None], label: str) -> None:

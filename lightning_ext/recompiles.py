@@ -22,11 +22,7 @@ CAUSES = (
         "batch size",
         "DataLoader(drop_last=True) makes all batches equal; dynamic_batch=True compiles for any size",
     ),
-    (
-        r"size mismatch at index \d|size\(\)\[\d",
-        "shape",
-        "pad to a few lengths, or compile with dynamic=True",
-    ),
+    (r"size mismatch at index \d|size\(\)\[\d", "shape", "pad to a few lengths, or compile with dynamic=True"),
     (r"grad_mode", "grad mode", "training and validation have a graph each; no change is needed"),
     (r"dispatch key set mismatch", "inference mode", "Trainer(inference_mode=False) shares the graph of no_grad"),
     (r"\.training\b", "training mode", "training and validation have a graph each; no change is needed"),
@@ -40,11 +36,7 @@ CAUSES = (
     ),
     (r"requires_grad", "frozen parameter", "frozen and trained blocks have a graph each; freeze whole kinds"),
     (r"stride mismatch", "memory layout", "keep one memory format; .contiguous() where it varies"),
-    (
-        r"== -?\d+(?!\.?\d*[.e])",
-        "int attribute",
-        "give equal blocks equal values, or keep the number in a tensor buffer",
-    ),
+    (r"== -?\d+$", "int attribute", "give equal blocks equal values, or keep the number in a tensor buffer"),
     (r"== -?[\d.]+(e-?\d+)?$", "float attribute", "give equal blocks equal values (dropout and drop-path rates too)"),
     (r"rank mismatch", "number of dimensions", "pass tensors of as many dimensions each time"),
     (r"\bmodule\.", "attribute", "blocks that differ in it have a graph each; give equal blocks equal values"),
@@ -164,7 +156,7 @@ class RegionReport:
         groups: dict[tuple[str, str], list[str]] = {}
         for one in self.left:
             groups.setdefault((one.was, one.reason), []).append(one.path)
-        notes = [f"left: {was} {pattern(paths) or '(the model)'}: {reason}" for (was, reason), paths in groups.items()]
+        notes = [f"left: {was} {pattern(paths)}: {reason}" for (was, reason), paths in groups.items()]
         blocks = sum(len(region.paths) for region in self.regions)
         notes.append(f"{blocks} blocks of {len(self)} kinds" if self.regions else "no repeated blocks found")
         header = ("region", "blocks", "where", "compiled", "why again, and what to change")

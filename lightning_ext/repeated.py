@@ -54,8 +54,8 @@ class _Search:
         self._left: list[Left] = []
 
     def found(self) -> tuple[list[list[Block]], list[Left]]:
-        if compiled_already(self.model):
-            return [], [Left("", type(self.model).__name__, "it is compiled as a whole")]
+        # Also if the model itself is compiled: LightningModule.compile() compiles nothing of a training_step on one
+        # device, and where a whole model is traced, regions are as if they were not there.
         self._visit("", self.model, set())
         groups = [group for group in self._groups.values() if len(group) > 1]
         chosen = {type(block.module) for group in groups for block in group} - {nn.Sequential}

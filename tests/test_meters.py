@@ -206,8 +206,12 @@ def test_an_epoch_that_a_hook_ends_at_once_stops_the_count() -> None:
         def on_train_batch_start(self, batch: Any, index: int) -> int:
             return -1
 
+        def on_train_epoch_end(self) -> None:
+            modes.append(_get_current_dispatch_mode())
+
+    modes: list[Any] = []
     train(MetersCallback(), Skips(), Data(), max_epochs=2)
-    assert _get_current_dispatch_mode() is None
+    assert modes == [None, None]
 
 
 def test_losses_are_the_same_with_meters() -> None:
