@@ -75,7 +75,7 @@ def _check_unsharded(module: Module, recipe: Recipe) -> None:
     if sharded is not None:
         raise ValueError(
             f"{recipe.owner}: memory_format must be None for parameters sharded by fully_shard, which takes contiguous "
-            f"ones only, got {recipe.memory_format!r} and {sharded!r} sharded; use DDPStrategy or FSDPStrategy for it"
+            f"ones only, got {recipe.memory_format!r} and {sharded!r} sharded; use DDPStrategy for it"
         )
 
 

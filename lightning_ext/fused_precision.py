@@ -48,7 +48,8 @@ class FusedPrecision(FSDPPrecision):
         skip: paths (with wildcards) or operators to leave alone, as ``braze.kernels.fuse`` takes them.
         memory_format: "channels_last" converts 2-D convolutions and what is fed to them.
         compile: "off", "regional" (each kind of block that repeats, once) or "full" (each part of the model), in place.
-        compile_kwargs: arguments of ``torch.compile``.
+        compile_kwargs: arguments of ``torch.compile``; with "regional" also ``budget`` and ``dynamic_batch`` of
+            ``compile_regions``.
         fp8: None; anything else says what is missing.
         early_zero_grad: whether the gradients of the step before are released before the forward pass, where Lightning
             keeps them until after it. Not done where the model or a callback overrides a hook around zero_grad, nor

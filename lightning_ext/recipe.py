@@ -21,7 +21,8 @@ class Recipe:
         skip: what to leave alone, as ``braze.kernels.fuse`` takes it.
         memory_format: "channels_last" for the convolutions, or None.
         compile: "off"; "regional" for the blocks that repeat; "full" for each part that a training step calls.
-        compile_kwargs: arguments of ``torch.compile``.
+        compile_kwargs: arguments of ``torch.compile``; with "regional" also ``budget`` and ``dynamic_batch`` of
+            ``compile_regions``.
 
     Raises:
         ValueError: if an argument is none of these.

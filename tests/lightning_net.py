@@ -75,10 +75,10 @@ class SaveInTheMiddle(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def batches() -> DataLoader:
+def batches(size: int = 8, part: slice = slice(None)) -> DataLoader:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(96, 16, generator=generator)
-    return DataLoader(TensorDataset(x, x[:, :4].argmax(1)), batch_size=8)
+    return DataLoader(TensorDataset(x[part], x[part, :4].argmax(1)), batch_size=size)
 
 
 def make_trainer(precision: str, fused: bool | Precision, **options: Any) -> L.Trainer:

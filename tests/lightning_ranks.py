@@ -97,10 +97,12 @@ def fit(
     net = options.pop("model", kinds[name])()
     net.fused_optimizer = fused
     chosen = {"plugins": [FusedPrecision(precision, **options.pop("line", {}))]} if fused else {"precision": precision}
-    options = {"gradient_clip_val": CLIP, "accumulate_grad_batches": 2, "max_epochs": 2, **QUIET, **chosen, **options}
+    settled = {"accumulate_grad_batches": 2, "max_epochs": 2, "use_distributed_sampler": False}
+    options = {"gradient_clip_val": CLIP, **settled, **QUIET, **chosen, **options}
     callbacks = [] if save is None else [SaveInTheMiddle(save)]
     trainer = L.Trainer(accelerator="cpu", devices=PROCESSES, strategy=strategy(name), callbacks=callbacks, **options)
-    trainer.fit(net, batches(), ckpt_path=resume)
+    every_second = slice(dist.get_rank(), None, PROCESSES)
+    trainer.fit(net, batches(part=every_second), ckpt_path=resume)
     blocks = [part for part in net.modules() if isinstance(part, Block)]
     found = {
         "losses": net.losses,

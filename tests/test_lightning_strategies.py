@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 import torch.multiprocessing as mp
 
 pytest.importorskip("lightning", reason="needs the extra braze[lightning]")
 from . import lightning_ranks as ranks
-from .lightning_net import assert_same_curve, distance
+from .lightning_net import WARNINGS, assert_same_curve, batches, distance, make_trainer
 
-pytestmark = pytest.mark.xdist_group("lightning strategies")
+pytestmark = [*WARNINGS, pytest.mark.xdist_group("lightning strategies")]
 CASES = [(name, precision) for name, precisions in ranks.PRECISIONS.items() for precision in precisions]
 Outcomes = dict[tuple[int, str], Any]
 
@@ -38,6 +39,18 @@ def of(outcomes: Outcomes, title: str, rank: int = 0) -> Any:
 
 def test_clipping_decides_the_exact_curve(outcomes: Outcomes) -> None:
     assert distance(of(outcomes, "exact")["losses"], of(outcomes, "unclipped")["losses"]) > 0.1
+
+
+def test_the_exact_curve_is_a_single_devices(outcomes: Outcomes) -> None:
+    """So that runs held to it below are held to clipping by the norm of whole gradients."""
+    torch.manual_seed(0)
+    net = ranks.Clipped()
+    options = {"gradient_clip_val": ranks.CLIP, "accumulate_grad_batches": 2}
+    make_trainer("64-true", False, **options).fit(net, batches(ranks.PROCESSES * 8))
+    curves = [of(outcomes, "exact", rank)["losses"] for rank in range(ranks.PROCESSES)]
+    means = [sum(losses) / ranks.PROCESSES for losses in zip(*curves, strict=True)]
+    float32 = distance(of(outcomes, "ddp 32-true vanilla")["losses"], curves[0])
+    assert distance(means, net.losses) <= 1e-6 * float32, "float64 rounds 2⁻²⁹ as much"
 
 
 @pytest.mark.parametrize(("name", "precision"), CASES)
