@@ -127,14 +127,18 @@ class MetersCallback(Callback):
             self._watch.step_ended()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop counting where a hook ended the epoch in its first batch."""
+        """Forget the batch in which a hook ended the epoch."""
         self._stop_counting()
+        if self._watch is not None:
+            self._watch.forget()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop measuring, and sum up on rank zero."""
         self._stop()
-        if trainer.is_global_zero and self.windows:
+        if self.windows and trainer.is_global_zero:
             self._write(trainer)
+        elif not self.windows:
+            rank_zero_info(f"MetersCallback: no reading in {self._seen} batches; every_n_steps={self.every_n_steps}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop measuring."""
@@ -148,7 +152,8 @@ class MetersCallback(Callback):
         """
         if not self.windows:
             raise RuntimeError(f"MetersCallback: no reading yet: train for more than {self.every_n_steps} batches")
-        notes = [] if self.windows[-1].mfu is not None else ["MFU: the peak of this device is not known; device_peak="]
+        unknown = "no MFU: the peak of this device is not known; MetersCallback(device_peak=…) takes it, in FLOP/s"
+        notes = [unknown] if self.windows[-1].mfu is None else []
         return summary(self.windows, self.unit, title, notes)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -236,6 +241,7 @@ class _Watch:
         self._profiler = profiler = trainer.profiler  # type: ignore[attr-defined]  # it is set by a connector
         self._since: float | None = None
         self._began: float | None = None
+        self._waiting = 0.0
         start, stop = profiler.start, profiler.stop
         self.restart()
 
@@ -248,20 +254,26 @@ class _Watch:
         def stopped(action: str) -> None:
             stop(action)
             if self._counts(action) and self._since is not None:
-                self.waited += time.perf_counter() - self._since
+                self._waiting += time.perf_counter() - self._since
                 self._since = None
 
         vars(profiler).update(start=started, stop=stopped)  # before the class's methods, until stop()
 
     def restart(self) -> None:
         """Start at zero, with the next batch."""
-        self.busy, self.waited, self._began = 0.0, 0.0, None
+        self.busy, self.waited = 0.0, 0.0
+        self.forget()
 
     def step_ended(self) -> None:
         """Add the time since its batch was asked for."""
         if self._began is not None:
             self.busy += time.perf_counter() - self._began
-            self._began = None
+            self.waited += self._waiting
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave out the step under way."""
+        self._began, self._waiting = None, 0.0
 
     def stop(self) -> None:
         """Leave the profiler as it was."""

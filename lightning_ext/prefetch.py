@@ -52,6 +52,7 @@ class PrefetchCallback(Callback):
         self._active = False
         self._pinned: list[DataLoader] = []
         self._to_load: list[Any] = []
+        self._resumes = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap what the strategy makes of a dataloader."""
@@ -68,16 +69,15 @@ class PrefetchCallback(Callback):
             vars(trainer.strategy).pop("process_dataloader", None)
         for loader in self._pinned:
             loader.pin_memory = False
-        self._active, self._pinned = False, []
+        self._active, self._pinned, self._to_load, self._resumes = False, [], [], False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As :meth:`teardown`, which is not called then."""
         self.teardown(trainer, pl_module, "")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Silence what Lightning says of loaders in which it sees no state: these resume where they were."""
-        loaders = trainer.fit_loop._combined_loader
-        if loaders is not None and all(isinstance(loader, Prefetched) for loader in loaders.flattened):
+        """Silence what Lightning says of loaders in which it sees no state, where these resume from the callback's."""
+        if self._resumes:
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,6 +89,7 @@ class PrefetchCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Note it for the loaders that are to come."""
         self._to_load = list(state_dict.get("loaders", ()))
+        self._resumes = bool(self._to_load)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_trainer": None, "_active": False, "_pinned": []}

@@ -36,7 +36,11 @@ CAUSES = (
     ),
     (r"requires_grad", "frozen parameter", "frozen and trained blocks have a graph each; freeze whole kinds"),
     (r"stride mismatch", "memory layout", "keep one memory format; .contiguous() where it varies"),
-    (r"== -?\d+$", "int attribute", "give equal blocks equal values, or keep the number in a tensor buffer"),
+    (
+        r"== -?\d+$",
+        "int attribute",
+        "dynamic from its second value on; no change is needed unless a branch depends on it",
+    ),
     (r"== -?[\d.]+(e-?\d+)?$", "float attribute", "give equal blocks equal values (dropout and drop-path rates too)"),
     (r"rank mismatch", "number of dimensions", "pass tensors of as many dimensions each time"),
     (r"\bmodule\.", "attribute", "blocks that differ in it have a graph each; give equal blocks equal values"),
@@ -104,7 +108,9 @@ class Region:
             yield f"compile_regions: {where} was compiled {self.frames} times; its budget is {budget}:{why}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "code": None, "_kept": self._counts()}
+        # What else was chosen may hold functions, which cannot be pickled.
+        chosen = {"budget": self.chosen["budget"]}
+        return {**self.__dict__, "code": None, "chosen": chosen, "_kept": self._counts()}
 
     def _first(self, subject: str) -> bool:
         new = subject not in self._said

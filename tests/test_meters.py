@@ -214,6 +214,17 @@ def test_an_epoch_that_a_hook_ends_at_once_stops_the_count() -> None:
     assert modes == [None, None]
 
 
+def test_a_batch_in_which_a_hook_ends_the_epoch_is_left_out(clock: Clock) -> None:
+    class Ends(Net):
+        def on_train_batch_start(self, batch: Any, index: int) -> int | None:
+            return -1 if index == 4 else None
+
+    meters = MetersCallback(2)
+    train(meters, Ends(clock), Data(clock), validate=True, max_epochs=2)
+    assert [window.seconds for window in meters.windows] == [STEP + ROWS * SAMPLE] * 3
+    assert [window.wait for window in meters.windows] == [ROWS * SAMPLE] * 3
+
+
 def test_losses_are_the_same_with_meters() -> None:
     weights = []
     for every in (1000, 2):
@@ -229,6 +240,18 @@ def test_losses_are_the_same_with_meters() -> None:
     trainer.fit(net, DataLoader(Data(), batch_size=ROWS))
     for weight in weights:
         torch.testing.assert_close(weight, net.layers[0].weight, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_memory_is_of_tensors_and_mfu_of_a_known_peak() -> None:
+    meters = MetersCallback(4)
+    trainer = L.Trainer(accelerator="gpu", devices=1, callbacks=[meters], **QUIET)
+    trainer.fit(Net(), DataLoader(Data(), batch_size=ROWS))
+    known = peak_flops(torch.cuda.get_device_name(), "32-true") is not None
+    for window in meters.windows:
+        assert 0 < window.memory < 2**30
+        assert (window.mfu is not None) == known
+        assert window.flops == pytest.approx(FLOPS / window.seconds)
 
 
 def test_bad_arguments_name_the_fix() -> None:
