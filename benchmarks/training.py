@@ -74,7 +74,7 @@ def _train(connection: Connection, name: str, precision: Precision, fused: bool,
         1 if sys.platform == "darwin" else 1024
     )
     if plugin:
-        result.joints = [(record.was, record.status, record.reason) for record in plugin.report or ()]
+        result.joints = [(record.was, record.status, record.reason) for record in plugin.report.fusion]
     return result
 
 

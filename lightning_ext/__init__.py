@@ -8,16 +8,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compile_cache import load_compile_cache as load_compile_cache
     from .compile_cache import save_compile_cache as save_compile_cache
+    from .fabric_fused_precision import FabricFusedPrecision as FabricFusedPrecision
+    from .fused_callback import FusedCallback as FusedCallback
+    from .fused_deepspeed_precision import FusedDeepSpeedPrecision as FusedDeepSpeedPrecision
     from .fused_precision import FusedPrecision as FusedPrecision
     from .meters import MetersCallback as MetersCallback
     from .prefetch import PrefetchCallback as PrefetchCallback
     from .recompiles import RegionReport as RegionReport
     from .regional import compile_regions as compile_regions
     from .regional import uncompile_regions as uncompile_regions
+    from .sharding import prepare_for_sharding as prepare_for_sharding
     from .start_report import fit_report as fit_report
 
 # Loaded on first use, so that the package imports where Lightning is not installed.
 _MODULES = {
+    "FabricFusedPrecision": "fabric_fused_precision",
+    "FusedCallback": "fused_callback",
+    "FusedDeepSpeedPrecision": "fused_deepspeed_precision",
     "FusedPrecision": "fused_precision",
     "MetersCallback": "meters",
     "PrefetchCallback": "prefetch",
@@ -25,10 +32,14 @@ _MODULES = {
     "compile_regions": "regional",
     "fit_report": "start_report",
     "load_compile_cache": "compile_cache",
+    "prepare_for_sharding": "sharding",
     "save_compile_cache": "compile_cache",
     "uncompile_regions": "regional",
 }
 __all__ = [
+    "FabricFusedPrecision",
+    "FusedCallback",
+    "FusedDeepSpeedPrecision",
     "FusedPrecision",
     "MetersCallback",
     "PrefetchCallback",
@@ -36,6 +47,7 @@ __all__ = [
     "compile_regions",
     "fit_report",
     "load_compile_cache",
+    "prepare_for_sharding",
     "save_compile_cache",
     "uncompile_regions",
 ]
@@ -47,7 +59,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != "lightning":
+        if error.name is None or error.name.split(".")[0] not in ("lightning", "pytorch_lightning"):
             raise
         raise ImportError(
             f"{__name__}.{name} needs Lightning, which is not installed: pip install 'braze[lightning]'"
