@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
+from .add_norm import AddNorm
 from .complex_turn import ComplexTurn
 from .gate import Gate
 from .joint import Joint, unwatched
@@ -22,7 +23,7 @@ from .source import rewritten
 from .turn import Turn
 from .verify import Check, verify
 
-KINDS: tuple[type[Site], ...] = (Turn, ComplexTurn, Gate, NormAddAct, NormAct)
+KINDS: tuple[type[Site], ...] = (Turn, ComplexTurn, Gate, NormAddAct, NormAct, AddNorm)
 
 
 @dataclass(frozen=True)
