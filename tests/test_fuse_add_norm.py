@@ -301,3 +301,9 @@ def test_training_with_it_gives_the_losses_of_the_original():
             found.append(loss.item())
         losses.append(found)
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+
+
+def test_the_saving_is_told_apart_from_the_norms_own():
+    """The norm does not read the sum again, and the backward pass does not add the sum's two gradients up."""
+    (saving,) = (record.saving for record in fuse(Inside()).fused if record.now == "add_rms_norm")
+    assert (saving.traffic, saving.activations, saving.unit) == (3 * 8 * 4, 0, "token")

@@ -7,6 +7,7 @@ only give the sum another name, or around the sum itself (``norm(a + b)``).
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 from ..ops.layer_norm import add_layer_norm
 from ..ops.rms_norm import add_rms_norm
-from .joint import fusion, takes
+from .joint import fused_class, fusion, takes
 from .norms import Norm
 from .sample import Draw, Refused, Sample, kind
-from .savings import Measure
+from .savings import Counted, Measure
 from .sites import Site, Unit, called, child, hooked
 
 #: What may not stand around the norm: it would not run, or not once.
@@ -74,6 +75,19 @@ class AddNorm(Site):
     def draws(self, sample: Sample) -> list[Draw]:
         """Those of the norm, and others to add to them."""
         return [Draw(label, (x, x.flip(0) + 0.3 * x)) for label, (x,), _ in self.joint.draws(sample)]
+
+    def counted(self, original: nn.Module, fused: nn.Module, sample: Sample) -> Counted:
+        """Against a sum and the norm fused alone, which has a saving of its own."""
+        return super().counted(self._alone(original), fused, sample)
+
+    def given(self, original: nn.Module, fused: nn.Module, inputs: tuple[Tensor, ...]) -> Counted:
+        """Likewise."""
+        return super().given(self._alone(original), fused, inputs)
+
+    def _alone(self, original: Any) -> nn.Module:
+        norm = copy.deepcopy(original.norm)
+        norm.__class__ = fused_class(self.norm_type, self.joint)
+        return _Sum(norm, None)
 
     def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """What is added."""
