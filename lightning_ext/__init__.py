@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .regional import compile_regions as compile_regions
     from .regional import uncompile_regions as uncompile_regions
     from .sharding import prepare_for_sharding as prepare_for_sharding
-    from .start_report import fit_report as fit_report
 
 # Loaded on first use, so that the package imports where Lightning is not installed.
 _MODULES = {
@@ -30,7 +29,6 @@ _MODULES = {
     "PrefetchCallback": "prefetch",
     "RegionReport": "recompiles",
     "compile_regions": "regional",
-    "fit_report": "start_report",
     "load_compile_cache": "compile_cache",
     "prepare_for_sharding": "sharding",
     "save_compile_cache": "compile_cache",
@@ -45,7 +43,6 @@ __all__ = [
     "PrefetchCallback",
     "RegionReport",
     "compile_regions",
-    "fit_report",
     "load_compile_cache",
     "prepare_for_sharding",
     "save_compile_cache",
