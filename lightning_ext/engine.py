@@ -41,7 +41,10 @@ def apply(module: Module, recipe: Recipe, title: str) -> Report:
     report = Report(title, fusion, recipe.skip, _compile(module, recipe), formats, precision)
     known = reports.get(module)
     if known is not None and not (fusion and fusion.fused):
-        return known
+        if known.title == title:
+            return known
+        # Swapped before by another, such as prepare_for_sharding, that compiled nothing.
+        report = dataclasses.replace(report, fusion=known.fusion)
     reports[module] = report
     # PrefetchCallback prints it, once the loaders are known, in one table with them.
     if not (_attached(module) and any(isinstance(one, PrefetchCallback) for one in module.trainer.callbacks)):  # type: ignore[attr-defined]

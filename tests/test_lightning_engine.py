@@ -135,7 +135,8 @@ def test_channels_last_converts_what_the_step_feeds_to_a_child() -> None:
 def attached(strategy: Any) -> Net:
     """A model whose Trainer has a strategy that cannot run here."""
     net = Net()
-    net._trainer = SimpleNamespace(strategy=strategy, precision_plugin=FusedPrecision(skip=["*.second"]))
+    plugin = FusedPrecision(skip=["*.second"])
+    net._trainer = SimpleNamespace(strategy=strategy, precision_plugin=plugin, precision="32-true", callbacks=[])
     return net
 
 
@@ -173,6 +174,15 @@ def test_prepare_for_sharding_asks_the_trainers_plugin() -> None:
     prepare_for_sharding(body, skip=["*.norm"])
     assert fused(body[0].second)
     assert not fused(body[0].norm)
+
+
+def test_report_of_a_prepared_model_tells_of_swaps_and_of_compiling() -> None:
+    body = Net().body
+    swaps = prepare_for_sharding(body).fusion
+    plugin = FusedPrecision(compile="full", compile_kwargs={"backend": "eager"})
+    plugin.convert_module(body)
+    assert plugin.report.fusion is swaps
+    assert plugin.report.compiled == [("(the model)", "compiled in place")]
 
 
 def fabric_losses(plugin: Any, precision: str | None = None, optimizer: str = "") -> list[float]:
