@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from . import precisions
 from .early_zero_grad import release_old_gradients
-from .engine import Report, apply
+from .engine import apply
 from .packages import (
     DeepSpeedStrategy,
     FSDPPrecision,
@@ -24,6 +24,7 @@ from .packages import (
 )
 from .precisions import PrecisionInput
 from .recipe import Recipe
+from .start_report import Report
 
 
 # The strategy for fully sharded training takes no other base class, and Lightning's throughput monitor reads the
