@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compile_cache import load_compile_cache as load_compile_cache
     from .compile_cache import save_compile_cache as save_compile_cache
+    from .cuda_graphs import CUDAGraphCallback as CUDAGraphCallback
     from .fabric_fused_precision import FabricFusedPrecision as FabricFusedPrecision
     from .fused_callback import FusedCallback as FusedCallback
     from .fused_deepspeed_precision import FusedDeepSpeedPrecision as FusedDeepSpeedPrecision
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Loaded on first use, so that the package imports where Lightning is not installed.
 _MODULES = {
+    "CUDAGraphCallback": "cuda_graphs",
     "FabricFusedPrecision": "fabric_fused_precision",
     "FusedCallback": "fused_callback",
     "FusedDeepSpeedPrecision": "fused_deepspeed_precision",
@@ -35,6 +37,7 @@ _MODULES = {
     "uncompile_regions": "regional",
 }
 __all__ = [
+    "CUDAGraphCallback",
     "FabricFusedPrecision",
     "FusedCallback",
     "FusedDeepSpeedPrecision",

@@ -67,18 +67,18 @@ def _check_unsharded(module: Module, recipe: Recipe) -> None:
         )
 
 
-def _called(module: Module, path: str = "") -> Iterator[tuple[str, Module]]:
+def called(module: Module, path: str = "") -> Iterator[tuple[str, Module]]:
     """The parts of a model that a training step calls: not a LightningModule itself, and no container."""
     if not isinstance(module, (LightningModule, ModuleList, ModuleDict)):
         yield path, module
         return
     for name, child in module.named_children():
-        yield from _called(child, f"{path}.{name}" if path else name)
+        yield from called(child, f"{path}.{name}" if path else name)
 
 
 def _channels_last(module: Module) -> FormatReport:
     records: list[FormatRecord] = []
-    for path, part in _called(module):
+    for path, part in called(module):
         found = channels_last(part)
         records += [dataclasses.replace(one, path=f"{path}.{one.path}".strip(".")) for one in found]
     return FormatReport(records)
@@ -92,7 +92,7 @@ def _compile(module: Module, recipe: Recipe) -> RegionReport | list[tuple[str, s
 
         return compile_regions(module, **recipe.compile_kwargs)
     done = []
-    for path, part in _called(module):
+    for path, part in called(module):
         if next(part.parameters(), None) is None:
             continue  # losses, which fuse has seen to, and metrics, which break the graph
         if part._compiled_call_impl is None and not isinstance(part, torch._dynamo.OptimizedModule):

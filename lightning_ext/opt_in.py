@@ -27,12 +27,12 @@ def trainer_callbacks() -> list[Any]:
         return []
     from . import MetersCallback, PrefetchCallback
 
-    memory_format = "channels_last" if "channels_last" in wanted else None
-    return [
-        *_for_models(wanted),
-        *([PrefetchCallback(memory_format=memory_format)] if "prefetch" in wanted else []),
-        *([MetersCallback()] if "meters" in wanted else []),
-    ]
+    callbacks = _for_models(wanted)
+    if "prefetch" in wanted:
+        callbacks.append(PrefetchCallback(memory_format="channels_last" if "channels_last" in wanted else None))
+    if "meters" in wanted:
+        callbacks.append(MetersCallback())
+    return callbacks
 
 
 def fabric_callbacks() -> list[Any]:
