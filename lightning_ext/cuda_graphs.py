@@ -25,8 +25,10 @@ class CUDAGraphCallback(Callback):
     The first batches train as ever and are watched. A part whose calls can be replayed is then captured by
     :func:`torch.cuda.make_graphed_callables`; others are left, and ``report`` says why. Batches are copied into the
     graph's own memory; outputs (of any nesting) and gradients are copied out of it, so that they may be kept. A call of
-    other shapes, such as a last batch that is not full, a second one in a batch, and one without gradients run as
-    before. Clipping, the loss and the optimizer's step are not captured, so that they may look at values on the host.
+    other shapes, such as a last batch that is not full, a second one in a batch, one without gradients, and those after
+    parameters were frozen or moved run as before. Clipping, the loss and the optimizer's step are not captured, so that
+    they may look at values on the host. What a part itself decides on the host, such as to drop a layer, it decides
+    once, when it is captured.
 
     Nothing is captured where there is no CUDA GPU, under a strategy for several devices, whose communication is in
     hooks, or in manual optimization. It has not been run on a GPU.
@@ -133,7 +135,7 @@ class _Part:
             for buffer, before in zip(self.module.buffers(), buffers, strict=True):
                 buffer.data.copy_(before)
         self._captured = True
-        self.module.forward = self._guarded(graphed, original)  # type: ignore[method-assign]
+        self.module.forward = self._guarded(graphed, original)
         # Without a copy, a gradient that is kept would be the graph's memory, which the next replay writes to.
         self._hooks = [p.register_hook(torch.clone) for p in self.module.parameters() if p.requires_grad]
         return "captured"
@@ -146,13 +148,16 @@ class _Part:
         self._captured = False
 
     def _guarded(self, graphed: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-        parameters = list(self.module.parameters())
-        expected = self._call, [p.requires_grad for p in parameters]
+        held = [*self.module.parameters(), *self.module.buffers()]
+
+        def memory() -> list[tuple[bool, int]]:
+            return [(one.requires_grad, one.data_ptr()) for one in held]
+
+        expected = self._call, memory()
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
-            call = _call(args), [p.requires_grad for p in parameters]
-            if self.calls > 1 or kwargs or call != expected or not torch.is_grad_enabled():
+            if self.calls > 1 or kwargs or (_call(args), memory()) != expected or not torch.is_grad_enabled():
                 return original(*args, **kwargs)
             return tree_map_only(Tensor, torch.clone, graphed(*args))
 

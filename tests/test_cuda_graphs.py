@@ -249,9 +249,10 @@ def test_cuda_graphs_are_refused_with_activation_checkpointing_and(
     assert_same(net, train(None, model, max_epochs=1))
 
 
-def test_calls_that_cannot_be_replayed_run_as_before(graphs: list[Replayed]) -> None:
+@pytest.mark.parametrize("change", ["frozen", "moved"])
+def test_calls_that_cannot_be_replayed_run_as_before(change: str, graphs: list[Replayed]) -> None:
     class Changes(Net):
-        """A short batch, a batch that calls twice, an evaluation in training, and a frozen parameter."""
+        """A short batch, a batch that calls twice, an evaluation in training, and another parameter."""
 
         def training_step(self, batch: list[Tensor], index: int) -> Tensor:
             if index == 4:
@@ -260,7 +261,11 @@ def test_calls_that_cannot_be_replayed_run_as_before(graphs: list[Replayed]) -> 
                 with torch.no_grad():
                     self.body(batch[0])
             if index == 8:
-                self.body[0].up.weight.requires_grad_(False)
+                weight = self.body[0].up.weight
+                if change == "frozen":
+                    weight.requires_grad_(False)
+                else:
+                    weight.data = weight.data.clone()
             again = self.body(batch[0]).sum() if index == 5 else 0.0
             return super().training_step(batch, index) + again
 
