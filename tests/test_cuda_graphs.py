@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from braze.lightning_ext import CUDAGraphCallback, FusedPrecision, cuda_graphs
 
-from .lightning_net import WARNINGS, Net, batches, make_trainer
+from .lightning_net import QUIET, WARNINGS, Net, assert_same_curve, batches, make_trainer
 
 pytestmark = WARNINGS
 
@@ -314,19 +315,34 @@ def test_a_failed_capture_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert_same(net, train(None, Keeps))
 
 
+@pytest.mark.parametrize(
+    ("devices", "anomaly", "reason"),
+    [
+        (2, False, "the strategy must be for one device, got 2"),
+        (1, True, "detect_anomaly must be off"),
+        (1, False, ""),
+    ],
+)
+def test_runs_on_several_devices_and_under_anomaly_detection_are_refused(
+    devices: int, anomaly: bool, reason: str, graphs: list[Replayed]
+) -> None:
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")), world_size=devices)
+    with torch.autograd.set_detect_anomaly(anomaly):
+        found = cuda_graphs._unsafe_run(trainer, Net())
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", [Net, Keeps])
-def test_on_a_gpu(model: type[Net]) -> None:
-    runs = []
-    for callbacks in ([CUDAGraphCallback(warmup=2)], []):
+def test_loss_curve_on_a_gpu_is_the_one_without_graphs(model: type[Net]) -> None:
+    curves = []
+    for precision, callbacks in (("32-true", [CUDAGraphCallback(warmup=2)]), ("32-true", []), ("64-true", [])):
         torch.manual_seed(0)
         net = model()
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        L.Trainer(
-            accelerator="gpu", devices=1, max_epochs=2, callbacks=callbacks, enable_checkpointing=False, **quiet
-        ).fit(net, batches())
-        runs.append(net)
+        options = {"callbacks": callbacks, "precision": precision, "max_epochs": 2, **QUIET}
+        L.Trainer(accelerator="gpu", devices=1, **options).fit(net, batches())
+        curves.append(net.losses)
         if callbacks:
             assert callbacks[0].report == [("body", "captured")]
-    # The same kernels on the same numbers.
-    torch.testing.assert_close(runs[0].losses, runs[1].losses)
+    assert_same_curve(*curves)
