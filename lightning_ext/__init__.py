@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compile_cache import load_compile_cache as load_compile_cache
     from .compile_cache import save_compile_cache as save_compile_cache
+    from .cuda_graphs import CUDAGraphCallback as CUDAGraphCallback
     from .fabric_fused_precision import FabricFusedPrecision as FabricFusedPrecision
     from .fused_callback import FusedCallback as FusedCallback
     from .fused_deepspeed_precision import FusedDeepSpeedPrecision as FusedDeepSpeedPrecision
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
     from .regional import compile_regions as compile_regions
     from .regional import uncompile_regions as uncompile_regions
     from .sharding import prepare_for_sharding as prepare_for_sharding
-    from .start_report import fit_report as fit_report
 
 # Loaded on first use, so that the package imports where Lightning is not installed.
 _MODULES = {
+    "CUDAGraphCallback": "cuda_graphs",
     "FabricFusedPrecision": "fabric_fused_precision",
     "FusedCallback": "fused_callback",
     "FusedDeepSpeedPrecision": "fused_deepspeed_precision",
@@ -30,13 +31,13 @@ _MODULES = {
     "PrefetchCallback": "prefetch",
     "RegionReport": "recompiles",
     "compile_regions": "regional",
-    "fit_report": "start_report",
     "load_compile_cache": "compile_cache",
     "prepare_for_sharding": "sharding",
     "save_compile_cache": "compile_cache",
     "uncompile_regions": "regional",
 }
 __all__ = [
+    "CUDAGraphCallback",
     "FabricFusedPrecision",
     "FusedCallback",
     "FusedDeepSpeedPrecision",
@@ -45,7 +46,6 @@ __all__ = [
     "PrefetchCallback",
     "RegionReport",
     "compile_regions",
-    "fit_report",
     "load_compile_cache",
     "prepare_for_sharding",
     "save_compile_cache",

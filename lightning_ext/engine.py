@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch.nn import Module, ModuleDict, ModuleList
 
-from braze.kernels import FusionReport
 from braze.kernels import fuse as fuse_model
 from braze.layouts import FormatRecord, FormatReport, channels_last
 
 from .packages import LightningModule, rank_zero_info
+from .prefetch import PrefetchCallback
 from .recipe import Recipe
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What was done to a model; print it.
-
-    Attributes:
-        fusion: the report of ``braze.kernels.fuse``, if it ran.
-        formats: that of ``braze.layouts.channels_last``, likewise.
-        compiled: a line for each part that was compiled or left, or the report of regional compilation.
-    """
-
-    fusion: FusionReport | None
-    formats: FormatReport | None
-    compiled: Any
-
-    def __str__(self) -> str:
-        parts = [self.fusion, self.formats, self.compiled]
-        return "\n".join(str(part) for part in parts if part is not None) or "nothing was asked for"
-
-
-# Lightning converts a model again for every fit, validate and test: what it then says is what the first time said.
-_reports: weakref.WeakKeyDictionary[Module, Report] = weakref.WeakKeyDictionary()
+from .recompiles import RegionReport
+from .start_report import Report, reports
 
 
 def apply(module: Module, recipe: Recipe, title: str) -> Report:
@@ -59,13 +37,23 @@ def apply(module: Module, recipe: Recipe, title: str) -> Report:
         _check_unsharded(module, recipe)
     fusion = fuse_model(module, skip=recipe.skip) if recipe.fuse == "auto" else None
     formats = _channels_last(module) if recipe.memory_format == "channels_last" else None
-    report = Report(fusion, formats, _compile(module, recipe))
-    known = _reports.get(module)
+    precision = str(module.trainer.precision) if _attached(module) else None
+    report = Report(title, fusion, recipe.skip, _compile(module, recipe), formats, precision)
+    known = reports.get(module)
     if known is not None and not (fusion and fusion.fused):
-        return known
-    _reports[module] = report
-    rank_zero_info(f"{title}:\n{report}")
+        if known.title == title:
+            return known
+        # Swapped before by another, such as prepare_for_sharding, that compiled nothing.
+        report = dataclasses.replace(report, fusion=known.fusion)
+    reports[module] = report
+    # PrefetchCallback prints it, once the loaders are known, in one table with them.
+    if not (_attached(module) and any(isinstance(one, PrefetchCallback) for one in module.trainer.callbacks)):  # type: ignore[attr-defined]
+        rank_zero_info(str(report))
     return report
+
+
+def _attached(module: Module) -> TypeGuard[LightningModule]:
+    return isinstance(module, LightningModule) and module._trainer is not None
 
 
 def _check_unsharded(module: Module, recipe: Recipe) -> None:
@@ -79,37 +67,37 @@ def _check_unsharded(module: Module, recipe: Recipe) -> None:
         )
 
 
-def _called(module: Module, path: str = "") -> Iterator[tuple[str, Module]]:
+def called(module: Module, path: str = "") -> Iterator[tuple[str, Module]]:
     """The parts of a model that a training step calls: not a LightningModule itself, and no container."""
     if not isinstance(module, (LightningModule, ModuleList, ModuleDict)):
         yield path, module
         return
     for name, child in module.named_children():
-        yield from _called(child, f"{path}.{name}" if path else name)
+        yield from called(child, f"{path}.{name}" if path else name)
 
 
 def _channels_last(module: Module) -> FormatReport:
     records: list[FormatRecord] = []
-    for path, part in _called(module):
+    for path, part in called(module):
         found = channels_last(part)
         records += [dataclasses.replace(one, path=f"{path}.{one.path}".strip(".")) for one in found]
     return FormatReport(records)
 
 
-def _compile(module: Module, recipe: Recipe) -> Any:
+def _compile(module: Module, recipe: Recipe) -> RegionReport | list[tuple[str, str]] | None:
     if recipe.compile == "off":
         return None
     if recipe.compile == "regional":
         from .regional import compile_regions
 
         return compile_regions(module, **recipe.compile_kwargs)
-    lines = []
-    for path, part in _called(module):
+    done = []
+    for path, part in called(module):
         if next(part.parameters(), None) is None:
             continue  # losses, which fuse has seen to, and metrics, which break the graph
         if part._compiled_call_impl is None and not isinstance(part, torch._dynamo.OptimizedModule):
             part.compile(**recipe.compile_kwargs)
-            lines.append(f"compiled in place: {path or '(the model)'}")
+            done.append((path or "(the model)", "compiled in place"))
         else:
-            lines.append(f"left: {path or '(the model)'}, which is compiled already")
-    return "\n".join(lines)
+            done.append((path or "(the model)", "left: it is compiled already"))
+    return done

@@ -13,10 +13,11 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from . import precisions
-from .engine import Report, apply
+from .engine import apply
 from .packages import FabricFSDPPrecision, rank_zero_warn
 from .precisions import PrecisionInput
 from .recipe import Recipe
+from .start_report import Report
 
 
 class FabricFusedPrecision(FabricFSDPPrecision):

@@ -6,15 +6,20 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from .engine import Report, apply
+from torch.nn import Module
+
+from .engine import apply
 from .packages import Callback, LightningModule, Trainer, is_overridden
 from .recipe import Recipe
+from .start_report import Report
 
 
 class FusedCallback(Callback):
     """Applies what :class:`FusedPrecision` applies to a model, and leaves precision, clipping and gradients alone.
 
-    Layers are swapped in ``setup``, or after ``configure_model`` where the model has one.
+    Layers are swapped in ``setup``, or after ``configure_model`` where the model has one; in
+    ``Fabric(callbacks=[FusedCallback()])`` at the end of ``fabric.setup``. Beside a precision plugin of braze's it does
+    nothing: what that plugin was told holds.
 
     Args:
         fuse: as there.
@@ -24,7 +29,7 @@ class FusedCallback(Callback):
         compile_kwargs: as there.
 
     Raises:
-        ValueError: as there.
+        ValueError: as there; from ``fabric.setup`` under FSDPStrategy, which has flattened the parameters by then.
     """
 
     def __init__(
@@ -41,6 +46,8 @@ class FusedCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Apply now, or when the model's layers have been made."""
+        if hasattr(trainer.precision_plugin, "recipe"):
+            return
         if not is_overridden("configure_model", pl_module):
             self._apply(pl_module)
             return
@@ -55,5 +62,18 @@ class FusedCallback(Callback):
 
         pl_module.configure_model = configure_and_apply  # type: ignore[method-assign]
 
-    def _apply(self, model: LightningModule) -> None:
+    def on_after_setup(self, fabric: Any, module: Any) -> None:
+        """Fabric's hook: apply inside the wrapper of the strategy."""
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        if hasattr(fabric._precision, "recipe"):
+            return
+        if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
+            raise ValueError(
+                f"{type(self).__name__}: the strategy of a Fabric must not be FSDPStrategy, which has flattened the "
+                "parameters when it calls back; use Fabric(plugins=[FabricFusedPrecision(...)])"
+            )
+        self._apply(module.module)
+
+    def _apply(self, model: Module) -> None:
         self.report = apply(model, self.recipe, type(self).__name__)

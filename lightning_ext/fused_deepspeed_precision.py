@@ -8,10 +8,11 @@ from typing import Any, Literal
 from torch.nn import Module
 
 from . import precisions
-from .engine import Report, apply
+from .engine import apply
 from .packages import DeepSpeedPrecision
 from .precisions import PrecisionInput
 from .recipe import Recipe
+from .start_report import Report
 
 
 class FusedDeepSpeedPrecision(DeepSpeedPrecision):

@@ -12,8 +12,9 @@ from torch.nn import Module
 from torch.optim import LBFGS, Optimizer
 
 from . import precisions
+from .clipping import clip_grad_norm_over_meshes_
 from .early_zero_grad import release_old_gradients
-from .engine import Report, apply
+from .engine import apply
 from .packages import (
     DeepSpeedStrategy,
     FSDPPrecision,
@@ -24,6 +25,7 @@ from .packages import (
 )
 from .precisions import PrecisionInput
 from .recipe import Recipe
+from .start_report import Report
 
 
 # The strategy for fully sharded training takes no other base class, and Lightning's throughput monitor reads the
@@ -158,7 +160,7 @@ class FusedPrecision(FSDPPrecision):
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Clip by the norm of all gradients, over all ranks that hold parts of them."""
         if self._root is None:
-            Precision.clip_grad_by_norm(self, optimizer, clip_val)
+            clip_grad_norm_over_meshes_(self.main_params(optimizer), clip_val)
             return
         held = {id(p) for p in self.main_params(optimizer)}
         missing = sum(id(p) not in held for p in self._root.parameters() if p.requires_grad)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.flop_counter import FlopCounterMode
 
 from braze.layouts.pinned.tree import tensors
 
 from .measured import Window, draw, summary
+from .packages import Callback, LightningModule, Trainer, rank_zero_info
 from .peaks import peak_flops
 from .table import Table
 

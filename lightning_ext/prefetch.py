@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from braze.layouts import PinnedLoader
 from braze.layouts.pinned.tree import map_leaves
+
+from .packages import Callback, LightningModule, Trainer, is_overridden, rank_zero_info
+from .start_report import Part, Report, reports, start_table
 
 #: Hooks that are written for a batch on the host.
 HOST_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device")
@@ -49,7 +50,8 @@ class PrefetchCallback(Callback):
         #: What was done with the loaders of this run, and why: pairs for the report at the start.
         self.report: list[tuple[str, str]] = []
         self._trainer: Trainer | None = None
-        self._active = False
+        self._active = self._told = False
+        self._printed: Report | None = None
         self._pinned: list[DataLoader] = []
         self._to_load: list[Any] = []
         self._resumes = False
@@ -57,7 +59,7 @@ class PrefetchCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap what the strategy makes of a dataloader."""
         if not self._active:
-            self._trainer, self._active, self.report = trainer, True, []
+            self._trainer, self._active, self._told, self.report = trainer, True, False, []
             original = trainer.strategy.process_dataloader
             # An attribute of the instance, before the class's method.
             wrapped = {"process_dataloader": lambda dataloader: self._process(original(dataloader))}
@@ -76,9 +78,20 @@ class PrefetchCallback(Callback):
         self.teardown(trainer, pl_module, "")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Silence what Lightning says of loaders in which it sees no state, where these resume from the callback's."""
+        """Print what was done to the model and its loaders.
+
+        What Lightning says of loaders in which it sees no state is silenced, where these resume from the callback's.
+        """
+        self._tell(trainer, pl_module)
         if self._resumes:
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print it where nothing is trained."""
+        if not trainer.sanity_checking:
+            self._tell(trainer, pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training loaders are that keep no state of their own, after the batch that was trained on last."""
@@ -92,7 +105,19 @@ class PrefetchCallback(Callback):
         self._resumes = bool(self._to_load)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_trainer": None, "_active": False, "_pinned": []}
+        return {**self.__dict__, "_trainer": None, "_active": False, "_pinned": [], "_printed": None}
+
+    def _tell(self, trainer: Trainer, model: LightningModule) -> None:
+        if self._told:
+            return
+        self._told = True
+        done = reports.get(model)
+        title = type(self).__name__
+        parts: dict[str, Part] = {"precision": str(trainer.precision), "loaders": self.report}
+        if done is not None and done is not self._printed:
+            title, parts = f"{done.title}, {title}", {**done.parts, **parts}
+        self._printed = done
+        rank_zero_info(str(start_table(parts, title)))
 
     def _process(self, loader: Any) -> Any:
         trainer = self._trainer

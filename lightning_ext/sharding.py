@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from torch.nn import Module
 
-from .engine import Report, apply
+from .engine import apply
 from .packages import LightningModule
 from .recipe import Recipe
+from .start_report import Report
 
 
 def prepare_for_sharding(module: Module, *, skip: Sequence[str] = ()) -> Report:

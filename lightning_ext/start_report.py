@@ -2,74 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import TypeAlias
+
+from torch.nn import Module
 
 from braze.kernels import FusionReport
+from braze.layouts import FormatReport
 
 from .recompiles import RegionReport, pattern
 from .table import Table
 
-Row = tuple[str, str, str]
+HEADER = ("", "where", "what", "saves traffic", "activations", "time", "worst error / budget, or why")
+Row = tuple[str, ...]
+#: A report; pairs (where, what); a text; or None for what is off.
+Part: TypeAlias = FusionReport | RegionReport | FormatReport | list[tuple[str, str]] | str | None
 
 
-def fit_report(parts: Mapping[str, object], title: str = "") -> Table:
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was done to a model; print it.
+
+    Attributes:
+        title: which plugin did it.
+        fusion: the report of ``braze.kernels.fuse``, if it ran.
+        skip: what it was told to leave alone.
+        compiled: the report of regional compilation, or pairs of each part of the model and what was done, or None.
+        formats: the report of ``braze.layouts.channels_last``, if it ran.
+        precision: that of the Trainer, if there is one.
+    """
+
+    title: str
+    fusion: FusionReport | None
+    skip: tuple[str, ...]
+    compiled: RegionReport | list[tuple[str, str]] | None
+    formats: FormatReport | None
+    precision: str | None
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What each subject of the table at the start is about."""
+        found: dict[str, Part] = {"modules": self.fusion}
+        if self.fusion is not None and self.skip:
+            found["skipped"] = [(one, "left, as skip says") for one in self.skip]
+        found |= {"compiled": self.compiled, "layout": self.formats}
+        return found if self.precision is None else {**found, "precision": self.precision}
+
+    def __str__(self) -> str:
+        return str(start_table(self.parts, self.title))
+
+
+#: Lightning converts a model again for every fit, validate and test: what it then says is what the first time said.
+reports: weakref.WeakKeyDictionary[Module, Report] = weakref.WeakKeyDictionary()
+
+
+def start_table(parts: Mapping[str, Part], title: str) -> Table:
     """A table with a row for each thing that was done or left, under the names of ``parts``.
 
     Args:
-        parts: subject ("modules", "regions", "layout", "precision", "loaders", …) → a FusionReport; a RegionReport;
-            pairs (what, why); a text; or None for what is off.
+        parts: subject ("modules", "compiled", "layout", "precision", "loaders") → what was done.
         title: stands above the table.
-
-    Raises:
-        TypeError: if a part is none of these.
     """
-    rows: list[Row] = []
-    for subject, part in parts.items():
-        for number, (what, why) in enumerate(_rows(subject, part)):
-            rows.append((subject if number == 0 else "", what, why))
-    return Table(("", "what", "why"), rows, title=title)
+    rows = [
+        ("" if number else subject, *row) for subject, part in parts.items() for number, row in enumerate(_rows(part))
+    ]
+    notes = [line for part in parts.values() if isinstance(part, FusionReport) for line in part.totals()]
+    shown = [column for column in zip(HEADER, *rows, strict=True) if any(column[1:])]
+    header, *lines = zip(*shown, strict=True)
+    return Table(header, lines, title=title, notes=notes)
 
 
-def _rows(subject: str, part: object) -> Iterator[tuple[str, str]]:
+def _rows(part: Part) -> Iterator[Row]:
     if part is None:
-        yield "off", ""
+        yield _row("", "off")
     elif isinstance(part, str):
-        yield part, ""
+        yield _row("", part)
     elif isinstance(part, FusionReport):
         yield from _swaps(part)
     elif isinstance(part, RegionReport):
         yield from _regions(part)
-    elif isinstance(part, Iterable):
-        yield from part
+    elif isinstance(part, FormatReport):
+        yield from _formats(part)
     else:
-        raise TypeError(
-            f"fit_report: {subject} must be a report, pairs (what, why), a text or None, got {type(part).__name__}"
-        )
+        yield from (_row(where, what) for where, what in part)
 
 
-def _swaps(report: FusionReport) -> Iterator[tuple[str, str]]:
-    groups: dict[tuple[str, ...], int] = {}
-    for record in report:
-        key = (record.status, record.was, record.now, record.reason)
-        groups[key] = groups.get(key, 0) + 1
-    for (status, was, now, reason), count in groups.items():
+def _row(where: str, what: str, why: str = "") -> Row:
+    return where, what, "", "", "", why
+
+
+def _swaps(report: FusionReport) -> Iterator[Row]:
+    for path, number, was, now, *savings, note in report.rows():
         # A joint that was left has no new name.
-        yield f"{status}: {was}{f' → {now}' if now else ''}{_times(count)}", reason
-    if not groups:
-        yield "nothing to swap", "no joint was found"
+        yield f"{path} {number}".strip(), f"{was} → {now}" if now else was, *savings, note
+    if not len(report):
+        yield _row("", "nothing to swap", "no joint was found")
 
 
-def _regions(report: RegionReport) -> Iterator[tuple[str, str]]:
+def _regions(report: RegionReport) -> Iterator[Row]:
     for region in report:
-        yield f"compiled: {region.kind}{_times(len(region.paths))}", f"repeats at {pattern(region.paths)}"
-    groups: dict[tuple[str, str], int] = {}
+        yield _row(_where(region.paths), f"{region.kind} compiled")
+    groups: dict[tuple[str, str], list[str]] = {}
     for left in report.left:
-        groups[left.was, left.reason] = groups.get((left.was, left.reason), 0) + 1
-    for (was, reason), count in groups.items():
-        yield f"left: {was}{_times(count)}", reason
+        groups.setdefault((left.was, left.reason), []).append(left.path)
+    for (was, reason), paths in groups.items():
+        yield _row(_where(paths), was, f"left: {reason}")
     if not groups and not report.regions:
-        yield "nothing to compile", "no block repeats"
+        yield _row("", "nothing to compile", "no block repeats")
 
 
-def _times(count: int) -> str:
-    return f" ×{count}" if count > 1 else ""  # noqa: RUF001 (the multiplication sign is meant)
+def _formats(report: FormatReport) -> Iterator[Row]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for record in report:
+        groups.setdefault((record.status, record.reason), []).append(record.path or "(the model)")
+    for (status, reason), paths in groups.items():
+        yield _row(_where(paths), f"channels_last: {status}", reason)
+    if not groups:
+        yield _row("", "nothing to convert", "no 2-D convolution was found")
+
+
+def _where(paths: list[str]) -> str:
+    return pattern(paths) + (f" ×{len(paths)}" if len(paths) > 1 else "")  # noqa: RUF001 (the multiplication sign is meant)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from braze.kernels import optim
 from braze.lightning_ext import FabricFusedPrecision, FusedPrecision, prepare_for_sharding
@@ -63,6 +64,20 @@ class Prepared(Sharded):
     def configure_model(self) -> None:
         prepare_for_sharding(self)
         super().configure_model()
+
+
+class TensorParallel(Clipped):
+    """Whose norms are on the mesh of FSDP2 alone, and whose linear layers are on both."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        if any(isinstance(p, dist.tensor.DTensor) for p in self.parameters()):
+            return
+        for block in self.body[:2]:
+            plan = {"up": ColwiseParallel(output_layouts=dist.tensor.Replicate())}
+            parallelize_module(block, mesh["tensor_parallel"], plan)
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(self.body[2], mesh=mesh["data_parallel"])
 
 
 class Stochastic(Sharded):
@@ -118,6 +133,17 @@ def fit(
     return found
 
 
+def tensor_parallel() -> list[float]:
+    """Both processes train on the same batches."""
+    torch.manual_seed(0)
+    net = TensorParallel()
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=PROCESSES)
+    options = {"plugins": [FusedPrecision("32-true")], "gradient_clip_val": CLIP, "max_epochs": 2, **QUIET}
+    options["use_distributed_sampler"] = False
+    L.Trainer(accelerator="cpu", devices=PROCESSES, strategy=strategy, **options).fit(net, batches())
+    return net.losses
+
+
 def fabric(precision: str, fused: bool) -> dict[str, Any]:
     chosen = {"plugins": [FabricFusedPrecision(precision, **LINE)]} if fused else {"precision": precision}
     launched = L.Fabric(accelerator="cpu", devices=PROCESSES, strategy="ddp", **chosen)
@@ -154,6 +180,7 @@ def runs(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"{name} {first} to {second}", partial(fit, name, "32-true", second == "fused", resume=saved)
     yield "fsdp2 prepared", lambda: fit("fsdp2", "32-true", True, model=Prepared)
     yield "fsdp2 stochastic", lambda: fit("fsdp2", "bf16-true", True, model=Stochastic, gradient_clip_val=None)
+    yield "tensor parallel", tensor_parallel
     yield "fsdp2 channels_last", lambda: FusedPrecision(memory_format="channels_last").convert_module(sharded_alone())
     yield "fabric exact", lambda: fabric("64-true", False)
     yield "fabric vanilla", lambda: fabric("bf16-mixed", False)

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from braze.kernels import optim
 from braze.lightning_ext import FusedPrecision, precisions
+from braze.lightning_ext.clipping import clip_grad_norm_over_meshes_
 
 from .lightning_net import WARNINGS, Net, assert_same_curve, batches, distance, make_trainer, train
 
@@ -67,6 +68,18 @@ def test_fused_optimizers_are_clipped_as_plain_ones(precision: str, algorithm: s
 def test_clipping_inside_the_step_of_the_optimizer(precision: str) -> None:
     inside = functools.partial(OPTIMIZERS["braze"], max_norm=NORM["gradient_clip_val"])
     assert_same_curve(steep(precision, True, inside), reference(precision, "norm"), reference("64-true", "norm"))
+
+
+def test_norm_of_plain_gradients_is_torchs() -> None:
+    found = []
+    for clip in (torch.nn.utils.clip_grad_norm_, clip_grad_norm_over_meshes_):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(3, 4)) for _ in range(3)]
+        for parameter in parameters[:2]:
+            parameter.grad = torch.randn(3, 4)
+        found.append([clip(parameters, 0.1), *(parameter.grad for parameter in parameters[:2])])
+    torch.testing.assert_close(found[1], found[0])
+    assert clip_grad_norm_over_meshes_(parameters[2:], 0.1) == 0
 
 
 def test_16_mixed_is_bf16_mixed_on_a_cpu_as_in_lightning() -> None:

@@ -86,7 +86,7 @@ def test_compile_full_is_in_place_where_the_step_calls() -> None:
     assert frames.frame_count > 0
     assert list(net.state_dict()) == list(Net().state_dict())
     assert_same_curve(net.losses, train("32-true", False).losses, train("64-true", False).losses)
-    assert str(plugin.report).splitlines()[-1] == "compiled in place: body"
+    assert plugin.report.compiled == [("body", "compiled in place")]
     assert net._compiled_call_impl is None
 
 
@@ -97,7 +97,7 @@ def test_compile_full_leaves_what_the_user_compiled() -> None:
     plugin = FusedPrecision(compile="full", compile_kwargs={"backend": CompileCounter()})
     plugin.convert_module(net)
     assert net.body._compiled_call_impl is own
-    assert "left: body, which is compiled already" in str(plugin.report)
+    assert plugin.report.compiled == [("body", "left: it is compiled already")]
 
 
 def test_compile_regional_compiles_the_blocks() -> None:
@@ -126,7 +126,7 @@ def test_channels_last_converts_what_the_step_feeds_to_a_child() -> None:
     net = train("32-true", plugin, Pictures)
     assert net.body[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert net.seen == [True] * 24
-    assert "1 of 1 convolutions converted to channels_last" in str(plugin.report)
+    assert "channels_last: converted" in str(plugin.report)
     vanilla = train("32-true", False, Pictures)
     assert not any(vanilla.seen)
     assert_same_curve(net.losses, vanilla.losses, train("64-true", False, Pictures).losses)
@@ -135,7 +135,8 @@ def test_channels_last_converts_what_the_step_feeds_to_a_child() -> None:
 def attached(strategy: Any) -> Net:
     """A model whose Trainer has a strategy that cannot run here."""
     net = Net()
-    net._trainer = SimpleNamespace(strategy=strategy, precision_plugin=FusedPrecision(skip=["*.second"]))
+    plugin = FusedPrecision(skip=["*.second"])
+    net._trainer = SimpleNamespace(strategy=strategy, precision_plugin=plugin, precision="32-true", callbacks=[])
     return net
 
 
@@ -173,6 +174,15 @@ def test_prepare_for_sharding_asks_the_trainers_plugin() -> None:
     prepare_for_sharding(body, skip=["*.norm"])
     assert fused(body[0].second)
     assert not fused(body[0].norm)
+
+
+def test_report_of_a_prepared_model_tells_of_swaps_and_of_compiling() -> None:
+    body = Net().body
+    swaps = prepare_for_sharding(body).fusion
+    plugin = FusedPrecision(compile="full", compile_kwargs={"backend": "eager"})
+    plugin.convert_module(body)
+    assert plugin.report.fusion is swaps
+    assert plugin.report.compiled == [("(the model)", "compiled in place")]
 
 
 def fabric_losses(plugin: Any, precision: str | None = None, optimizer: str = "") -> list[float]:

@@ -101,6 +101,20 @@ def test_stochastic_rounding_learns_under_fsdp2(outcomes: Outcomes) -> None:
     assert sum(losses[6:]) < sum(losses[:6]), "the second epoch is the first one's batches again"
 
 
+def test_norm_over_two_meshes_is_a_single_devices(outcomes: Outcomes) -> None:
+    """Lightning 2.6.6 refuses to add norms up where tensor parallelism holds a part of the layers."""
+    curves = []
+    for precision, clip in (("32-true", ranks.CLIP), ("64-true", ranks.CLIP), ("64-true", None)):
+        torch.manual_seed(0)
+        net = ranks.Clipped()
+        make_trainer(precision, False, gradient_clip_val=clip).fit(net, batches())
+        curves.append(net.losses)
+    vanilla, exact, unclipped = curves
+    assert distance(exact, unclipped) > 0.1
+    for rank in range(ranks.PROCESSES):
+        assert_same_curve(of(outcomes, "tensor parallel", rank), vanilla, exact)
+
+
 def test_channels_last_with_fsdp2_is_refused(outcomes: Outcomes) -> None:
     assert "memory_format must be None for parameters sharded by fully_shard" in outcomes[0, "fsdp2 channels_last"]
 

@@ -1,4 +1,4 @@
-"""MetersCallback and the tables: on a clock that only data, steps and validation advance."""
+"""MetersCallback and its tables: on a clock that only data, steps and validation advance."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils._python_dispatch import _get_current_dispatch_mode  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
-from braze.kernels import fuse  # noqa: E402
-from braze.lightning_ext import MetersCallback, compile_regions, fit_report  # noqa: E402
+from braze.lightning_ext import MetersCallback, compile_regions  # noqa: E402
 from braze.lightning_ext.measured import Window, draw, summary  # noqa: E402
 from braze.lightning_ext.peaks import PEAKS, peak_flops  # noqa: E402
 from braze.lightning_ext.table import Table  # noqa: E402
@@ -289,42 +288,6 @@ def test_float32_products_count_as_tf32_where_allowed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert peak_flops("NVIDIA A100-SXM4-80GB", "32-true") == 156e12
     assert all(peak.source and peak.half >= peak.tf32 >= peak.float32 for peak in PEAKS.values())
-
-
-# Tables
-
-
-def test_fit_report_says_what_was_done_and_why() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.up = nn.RMSNorm(8), nn.Linear(8, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.up(self.norm(x))
-
-    model = nn.Sequential(*(Block() for _ in range(3)))
-    parts = {
-        "modules": fuse(model, skip=["0"]),
-        "regions": compile_regions(model, backend="eager"),
-        "layout": None,
-        "precision": "bf16-mixed",
-        "loaders": [("train: DataLoader", "on cuda:0, 2 batches ahead")],
-        "regions of nothing": compile_regions(nn.Linear(1, 1)),
-        "modules of nothing": fuse(nn.Identity()),
-    }
-    assert fit_report(parts, "title").rows == [
-        ("modules", "fused: RMSNorm → rms_norm ×2", ""),  # noqa: RUF001 (the multiplication sign is meant)
-        ("regions", "compiled: Block ×2", "repeats at *"),  # noqa: RUF001
-        ("", "left: Block", "its structure occurs once"),
-        ("layout", "off", ""),
-        ("precision", "bf16-mixed", ""),
-        ("loaders", "train: DataLoader", "on cuda:0, 2 batches ahead"),
-        ("regions of nothing", "nothing to compile", "no block repeats"),
-        ("modules of nothing", "nothing to swap", "no joint was found"),
-    ]
-    with pytest.raises(TypeError, match=r"layout must be a report, pairs .* got int"):
-        fit_report({"layout": 1})
 
 
 def test_table_prints_with_and_without_rich(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,24 +63,32 @@ class FusionReport:
         """
         return _added(record for record in self.records if record.saving and record.saving.unit != "element")
 
-    def __str__(self) -> str:
+    def rows(self) -> list[tuple[str, ...]]:
+        """Of each group of like joints: path, number, was, now, traffic, activations, time, error or reason."""
         groups: dict[tuple[str, ...], list[Record]] = {}
         for record in self.records:
             unit = "" if record.saving is None else record.saving.unit
             key = (_pattern(record.path), record.was, _pattern(record.now), record.status, record.reason, unit)
             groups.setdefault(key, []).append(record)
+        return [_row(key, records) for key, records in groups.items()]
+
+    def totals(self) -> list[str]:
+        """How many joints were fused, and what they save together, in words."""
+        count = sum(record.status == self.done for record in self.records)
+        found = f"{count} of {len(self.records)} joint{'s' * (len(self.records) != 1)}"
+        return [
+            f"{found} {'would be fused' if self.done == 'planned' else self.done}",
+            *(f"saves {_moved(one)} of traffic, {_kept(one)} of activations" for one in self.savings.values()),
+        ]
+
+    def __str__(self) -> str:
         header = ("module", "", "was", "now", "saves traffic", "activations", "time", "worst error / budget")
-        rows = [header, *(_row(key, records) for key, records in groups.items())]
-        figures = list(zip(*rows, strict=True))
+        figures = list(zip(header, *self.rows(), strict=True))
         shown = [column for i, column in enumerate(figures) if i not in (4, 5, 6) or any(column[1:])]
         widths = [*(max(map(len, column)) for column in shown[:-1]), 0]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*shown, strict=True)]
         lines.insert(1, "─" * max(map(len, lines)))
-        count = sum(record.status == self.done for record in self.records)
-        found = f"{count} of {len(self.records)} joint{'s' * (len(self.records) != 1)}"
-        lines.append(f"{found} {'would be fused' if self.done == 'planned' else self.done}")
-        lines += [f"saves {_moved(one)} of traffic, {_kept(one)} of activations" for one in self.savings.values()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.totals()])
 
 
 def _pattern(path: str) -> str:
