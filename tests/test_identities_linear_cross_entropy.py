@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from torch import Tensor
 
 from braze.kernels import LinearCrossEntropyLoss, linear_cross_entropy, linear_log_probs, use_backend
@@ -184,6 +185,8 @@ def test_autocast_multiplies_in_half_precision_and_loses_in_single(device: str) 
 @every_backend
 def test_a_scaled_loss_keeps_gradients_that_float16_alone_would_lose(backend: str, device: str) -> None:
     """As GradScaler does: the gradient of a logit is about 1 / (N·C) = 2⁻²⁶ here, below what float16 can hold."""
+    if backend == "triton" and device == "cpu" and settings.get_current_profile_name() != "deep":
+        pytest.skip("2²⁶ logits take Triton's interpreter minutes; HYPOTHESIS_PROFILE=deep runs it")
     tokens, classes, scale = 4096, 2**14, 2.0**14
     hidden, weight = drawn(tokens, 4, device=device) / 8, drawn(classes, 4, device=device, seed=1) / 8
     target = torch.zeros(tokens, dtype=torch.long, device=device)

@@ -243,6 +243,7 @@ def test_a_signal_ends_the_loop_and_its_workers(how: str) -> None:
     from torch.utils.data import DataLoader
     from braze.layouts import PinnedLoader, SlabCollate
     from tests.slow_copies import SlowStream
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
     stream = SlowStream()
     source = DataLoader(list(torch.eye(64)), batch_size=2, num_workers=2, collate_fn=SlabCollate())
     loader = PinnedLoader(source, device=stream, depth=3)

@@ -70,14 +70,14 @@ def audit(what: Literal["traffic", "code"], **asked: Any) -> list[dict[str, Any]
 
 
 def audit_others(
-    kernels: Literal["optimizers", "vocab_parallel"], what: Literal["traffic", "code"]
+    kernels: Literal["optimizers", "vocab_parallel"], what: Literal["traffic", "code"], targets: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Every record of an audit of kernels that no operator's call reaches.
+    """Every record of an audit of kernels that no operator's call reaches; of code for ``targets``, or for all.
 
     Raises:
         RuntimeError: as :func:`audit`.
     """
-    with _python(["-m", f"braze.kernels.audit.{kernels}", what], interpret=what == "traffic") as process:
+    with _python(["-m", f"braze.kernels.audit.{kernels}", what, *targets], interpret=what == "traffic") as process:
         lines, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(f"the audit of {what} failed:\n{errors}")

@@ -1,4 +1,4 @@
-"""The audit of the optimizers' kernels: ``python -m braze.kernels.audit.optimizers traffic|code``.
+"""The audit of the optimizers' kernels: ``python -m braze.kernels.audit.optimizers traffic|code [TARGET …]``.
 
 It prints a JSON record a line, for each thing that a step may do.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..optim import quantization
-from .machine_code import compiled, read
+from .machine_code import TARGETS, Compiled, compiled, read
 from .traffic import metered
 
 #: Elements of the parameters that are updated together: one of many tiles, one of a part of a tile.
@@ -89,24 +89,26 @@ def launches(case: Case, device: str) -> None:
     kernels.step(case.rule, table, case.states, case.options, factor=number, found_inf=number, average=0.1)
 
 
-def traffic(name: str, case: Case) -> Iterator[dict[str, Any]]:
-    """Bytes moved, and the least that could be."""
-    with metered() as meter:
-        launches(case, "cpu")
-    moved, least = meter.moved["_step"], least_bytes(case)
-    yield {"case": name, "bytes": moved, "least_bytes": least, "ratio": moved / least}
+def traffic(targets: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Bytes moved, and the least that could be; there are no targets."""
+    for name, case in CASES.items():
+        with metered() as meter:
+            launches(case, "cpu")
+        moved, least = meter.moved["_step"], least_bytes(case)
+        yield {"case": name, "bytes": moved, "least_bytes": least, "ratio": moved / least}
 
 
-def code(name: str, case: Case) -> Iterator[dict[str, Any]]:
-    """A record for each target."""
-    with compiled() as kernels:
-        launches(case, "meta")
-    for kernel in read(kernels):
+def code(targets: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A record for each case and target."""
+    found: list[tuple[str, Compiled]] = []
+    for name, case in CASES.items():
+        with compiled(targets) as kernels:
+            launches(case, "meta")
+        found += [(name, kernel) for kernel in kernels]
+    for (name, _), kernel in zip(found, read([kernel for _, kernel in found]), strict=True):
         yield {"case": name, **kernel._asdict()}
 
 
 if __name__ == "__main__":
-    audit = {"traffic": traffic, "code": code}[sys.argv[1]]
-    for name, case in CASES.items():
-        for record in audit(name, case):
-            print(json.dumps(record), flush=True)
+    for record in {"traffic": traffic, "code": code}[sys.argv[1]](sys.argv[2:] or tuple(TARGETS)):
+        print(json.dumps(record), flush=True)

@@ -1,4 +1,4 @@
-"""The audit of the kernels of classes in parts: ``python -m braze.kernels.audit.vocab_parallel traffic|code``.
+"""The audit of kernels of classes in parts: ``python -m braze.kernels.audit.vocab_parallel traffic|code [TARGET …]``.
 
 No operator's call reaches them with no group of processes. It prints a JSON record a line, for each kernel, option,
 size and dtype.
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .machine_code import compiled, read
+from .machine_code import TARGETS, compiled, read
 from .traffic import metered
 
 
@@ -89,7 +89,7 @@ def traffic(case: Case) -> Iterator[dict[str, Any]]:
 def code(case: Case) -> Iterator[dict[str, Any]]:
     """A record for each target."""
     for kernel, run in launches(case, "meta").items():
-        with compiled() as kernels:
+        with compiled(sys.argv[2:] or tuple(TARGETS)) as kernels:
             run()
         for found in read(kernels, ("sm_90",)):
             yield {**facts(case, kernel), **found._asdict()}
