@@ -79,7 +79,8 @@ def classes(model):
 
 # ------------------------------------------------------------------------------ what is found where
 
-ATTENTION, NORMS = ["cross_entropy", "linear_cross_entropy", "glu", "glu", "rope", "rope"], ["rms_norm"]
+ONCE = ["cross_entropy", "linear_cross_entropy"]
+FOR_EACH_LAYER, NORMS = ["glu", "rope", "add_rms_norm"], ["rms_norm"]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ ATTENTION, NORMS = ["cross_entropy", "linear_cross_entropy", "glu", "glu", "rope
 def test_language_models_are_fused_whole(name, norms, dtype):
     model = language_model(name).to(dtype)
     plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
-    assert operators(fuse(model)) == sorted(ATTENTION + NORMS * norms)
+    assert operators(fuse(model)) == sorted(ONCE + FOR_EACH_LAYER * 2 + NORMS * norms)
     got, own, true = step(model), step(plain), step(exact)
     assert [t.dtype for t in got] == [t.dtype for t in own]
     # The largest of all errors: that of one small gradient is partly luck.
@@ -114,7 +115,7 @@ def test_vision_transformers_are_fused(index):
     torch.manual_seed(0)
     model, others = list(vision_models())[index]
     plain, x = copy.deepcopy(model), torch.randn(2, 3, *[28 if index == 1 else 32] * 2)
-    assert operators(fuse(model)) == sorted(["layer_norm"] * 5 + others)
+    assert operators(fuse(model)) == sorted(["layer_norm"] * 5 + ["add_layer_norm"] * 2 + others)
     assert relative(model(x), plain(x)) < 1e-5
 
 
@@ -178,7 +179,7 @@ def test_a_second_fuse_changes_nothing_and_says_so(fused):
     report = fuse(fused)
     assert classes(fused) == before
     assert {record.status for record in report} == {"already fused"}
-    assert len(report) == 11
+    assert len(report) == 13
 
 
 def test_equal_classes_share_a_fused_class(fused, llama):
@@ -400,7 +401,7 @@ def test_a_failure_midway_rolls_everything_back():
 def test_a_meta_model_is_verified_on_a_drawn_sample(llama):
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(llama.config)
-    assert len(fuse(model).fused) == 11
+    assert len(fuse(model).fused) == 13
     model = model.to_empty(device="cpu")
     model.load_state_dict(llama.state_dict())
     model.model.rotary_emb = llama.model.rotary_emb
@@ -414,10 +415,10 @@ def test_the_report_prints_groups_and_is_json(llama):
     report = fuse(copy.deepcopy(llama))
     text = str(report)
     assert "model.layers.*.input_layernorm" in text
-    assert text.count("×2") == 4  # noqa: RUF001 (the multiplication sign is meant)
-    assert "11 of 11 joints fused" in text
+    assert text.count("×2") == 5  # noqa: RUF001 (the multiplication sign is meant)
+    assert "13 of 13 joints fused" in text
     (first, *_) = records = json.loads(json.dumps(report.as_dicts()))
-    assert len(records) == 11
+    assert len(records) == 13
     assert first.keys() == {"path", "was", "now", "status", "reason", "check", "saving", "timing"}
     assert all(0 <= record["check"]["error"] <= record["check"]["budget"] for record in records)
 
@@ -429,4 +430,4 @@ def test_a_large_model_is_not_copied():
             transformers.LlamaConfig(**SIZES | {"hidden_size": 8192, "intermediate_size": 65536, "head_dim": 2048})
         )
     gc.collect()
-    assert len(fuse(model).fused) == 11
+    assert len(fuse(model).fused) == 13
