@@ -81,11 +81,11 @@ def _in_sequence(module: nn.Module) -> Iterator[tuple[str, str, str]]:
         source = _source(type(module))
         for name in children:
             word = re.escape(f"self.{name}(")
-            direct = rf"{_ACTIVATION}\(\s*{word}"
-            then = (
-                rf"(\w+) = {word}[^\n]*\n\s*\1 = (?:self\.\w*(?:relu|act|silu|gelu)\w*|F\.\w*(?:relu|silu|gelu)\w*)\(\1"
-            )
-            if re.search(f"{direct}|{then}", source):
+            direct = rf"(?P<a>{_ACTIVATION})\(\s*{word}"
+            behind = r"(?P<a>self\.\w*(?:relu|act|silu|gelu)\w*|F\.\w*(?:relu|silu|gelu)\w*)"
+            then = rf"(\w+) = {word}[^\n]*\n\s*\1 = {behind}\(\1"
+            acts = [match["a"].removeprefix("self.") for one in (direct, then) for match in re.finditer(one, source)]
+            if any(type(children.get(act)) is not nn.Identity for act in acts):
                 follows.add(name)
     for name in follows:
         for base, kind in kinds.items():
