@@ -130,9 +130,9 @@ def _units(cls: type) -> dict[str, Unit]:
 
 def _method(cls: type, name: str) -> types.FunctionType | None:
     """The function inside the method of that name, if it is not one of torch's."""
-    owner = next((base for base in cls.__mro__ if name in vars(base)), object)
-    method = vars(owner).get(name)
-    if not isinstance(method, types.FunctionType) or owner.__module__.startswith("torch."):
+    method = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+    # Not by the class that holds it: fully_shard's own holds the method of the user's.
+    if not isinstance(method, types.FunctionType) or method.__module__.startswith("torch."):
         return None
     return innermost(method)
 
