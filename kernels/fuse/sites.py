@@ -121,7 +121,7 @@ def _units(cls: type) -> dict[str, Unit]:
                 waiting.append((node.func.attr, _method(cls, node.func.attr)))
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 called = _global(function, node.func.id)
-                if isinstance(called, types.FunctionType) and not called.__module__.startswith("torch"):
+                if isinstance(called, types.FunctionType) and not (called.__module__ or "").startswith("torch"):
                     calls[node.func.id] = f"{called.__module__}.{called.__qualname__}"
                     waiting.append((calls[node.func.id], called))
         found[name] = Unit(name, function, tree, calls)
@@ -132,7 +132,7 @@ def _method(cls: type, name: str) -> types.FunctionType | None:
     """The function inside the method of that name, if it is not one of torch's."""
     method = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
     # Not by the class that holds it: fully_shard's own holds the method of the user's.
-    if not isinstance(method, types.FunctionType) or method.__module__.startswith("torch."):
+    if not isinstance(method, types.FunctionType) or (method.__module__ or "").startswith("torch."):
         return None
     return innermost(method)
 
