@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import pickle
 import re
 import types
 
@@ -13,41 +12,14 @@ from torch import nn
 
 from braze.kernels import fold, fuse, unfold, unfuse, use_backend
 
+from .folding import IMAGE, Pair, check, trained
+from .fusible import unswappable
+
 
 @pytest.fixture(autouse=True)
 def eager():
     with use_backend("eager"):
         yield
-
-
-def trained(model):
-    """Statistics and parameters as after a training: a wrong fold shows."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if getattr(module, "running_mean", None) is not None:
-            module.running_mean.normal_(0.0, 0.5, generator=generator)
-            module.running_var.uniform_(0.5, 2.0, generator=generator)
-            if module.weight is not None:
-                module.weight.data.uniform_(0.5, 1.5, generator=generator)
-                module.bias.data.normal_(0.0, 0.3, generator=generator)
-    return model.eval()
-
-
-def error(y, truth):
-    return ((y.double() - truth).abs().max() / truth.abs().max()).item()
-
-
-def check(model, plain, *inputs, slack=2.0):
-    """Within twice the model's own error against float64, and a rounding step; the largest of all inputs."""
-    errors, budgets = [], []
-    for x in inputs:
-        with torch.no_grad():
-            truth = copy.deepcopy(plain).double()(x.double())
-            got, own = model(x), plain(x)
-        assert got.dtype == own.dtype
-        errors.append(error(got, truth))
-        budgets.append(slack * (error(own, truth) + torch.finfo(own.dtype).eps))
-    assert max(errors) <= max(budgets)
 
 
 def state(model):
@@ -106,17 +78,6 @@ def test_models_are_folded_and_come_back_to_the_bit(name):
 
 
 # ------------------------------------------------------------------------------ layers
-
-
-class Pair(nn.Module):
-    """Two modules, one after the other."""
-
-    def __init__(self, first, second):
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x):
-        return self.second(self.first(x))
 
 
 def forward_pairs():
@@ -185,110 +146,6 @@ def test_a_linear_layer_and_a_norm_that_mean_different_dims_stay_apart():
         assert torch.equal(model(x), plain(x))
 
 
-# ------------------------------------------------------------------------------ afterwards
-
-
-def pair(dtype=torch.float32):
-    torch.manual_seed(0)
-    return trained(Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))).to(dtype)
-
-
-IMAGE = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def folded():
-    model = pair()
-    fold(model)
-    return model
-
-
-def test_train_unfolds_and_a_training_flag_alone_is_an_error(folded):
-    folded.first.training = True
-    with pytest.raises(RuntimeError, match="must be in evaluation"):
-        folded(IMAGE)
-    plain = pair()
-    assert folded.train() is folded
-    assert [type(m) for m in folded.modules()] == [type(m) for m in plain.modules()]
-    assert all(m.training for m in folded.modules())
-    assert torch.equal(folded(IMAGE), plain.train()(IMAGE))
-    with pytest.raises(ValueError, match=r"must be in evaluation.*model.eval\(\)"):
-        fold(folded)
-
-
-def load(model):
-    other = trained(Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, eps=model.second.eps)))
-    model.load_state_dict(other.state_dict())
-
-
-def assign(model):
-    model.load_state_dict({key: 2 * t for key, t in model.state_dict().items()}, assign=True)
-
-
-def write(model):
-    with torch.no_grad():
-        model.first.weight.mul_(3.0)
-        model.second.running_mean.add_(1.0)
-
-
-def replace(model):
-    model.second.weight = nn.Parameter(torch.full((6,), 0.25))
-
-
-def widen(model):
-    model.double()
-
-
-def steady(model):
-    model.second.eps = 0.5
-
-
-def partly(model):
-    model.load_state_dict({"second.running_var": torch.full((6,), 9.0)}, strict=False)
-
-
-@pytest.mark.parametrize("change", [load, assign, write, replace, widen, partly, steady], ids=lambda f: f.__name__)
-def test_folded_numbers_follow_the_parameters(folded, change):
-    plain = pair()
-    for model in (folded, plain):
-        torch.manual_seed(3)
-        change(model)
-    check(folded, plain, IMAGE.to(next(plain.parameters()).dtype))
-
-
-def test_copies_are_folded_and_independent(folded):
-    with torch.no_grad():
-        expected = folded(IMAGE)
-        for copied in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
-            assert [type(m) for m in copied.modules()] == [type(m) for m in folded.modules()]
-            assert torch.equal(copied(IMAGE), expected)
-            copied.second.bias.add_(1.0)
-            torch.testing.assert_close(copied(IMAGE), expected + 1.0)
-            unfold(copied)
-            assert type(copied.first) is nn.Conv2d
-            assert torch.equal(folded(IMAGE), expected)
-
-
-def test_gradients_reach_what_was_folded(folded):
-    plain = pair()
-    for model in (folded, plain):
-        model(IMAGE).square().sum().backward()
-    for got, expected in zip(folded.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, expected.grad)
-
-
-def test_numbers_made_in_inference_mode_serve_gradients_of_the_input(folded):
-    folded.requires_grad_(False)
-    with torch.inference_mode():
-        write(folded)
-        expected = folded(IMAGE)
-    x = IMAGE.clone().requires_grad_()
-    y = folded(x)
-    assert torch.equal(y, expected)
-    y.sum().backward()
-    assert x.grad is not None
-
-
 def test_a_norm_of_another_class_is_folded():
     torchvision = pytest.importorskip("torchvision")
     model = trained(Pair(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)))
@@ -298,17 +155,6 @@ def test_a_norm_of_another_class_is_folded():
     plain = copy.deepcopy(model)
     assert len(fold(model).folded) == 1
     check(model, plain, IMAGE)
-
-
-def test_a_folded_model_compiles_without_a_break(folded):
-    torch._dynamo.reset()
-    compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(IMAGE), folded(IMAGE))
-        load(folded)
-        torch.testing.assert_close(compiled(IMAGE), folded(IMAGE))
-        folded.double()
-        torch.testing.assert_close(compiled(IMAGE.double()), folded(IMAGE.double()))
 
 
 # ------------------------------------------------------------------------------ what is left alone
@@ -412,22 +258,10 @@ def test_skip_and_only():
         fold([model])
 
 
-class Unswappable(nn.BatchNorm2d):
-    live = True  # copies, on which a swap is tried, are not
-
-    def __deepcopy__(self, memo):
-        copied = nn.Module.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(vars(self), memo), live=False)
-        return copied
-
-    def __setattr__(self, name, value):
-        if name == "__class__" and self.live:
-            raise RuntimeError("no other class for me")
-        super().__setattr__(name, value)
-
-
 def test_a_failure_midway_rolls_everything_back():
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), Unswappable(3)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), unswappable(nn.BatchNorm2d, 3)
+    ).eval()
     before = state(model)
     with pytest.raises(RuntimeError, match="no other class"):
         fold(model)

@@ -17,6 +17,8 @@ from torch import nn
 
 from braze.kernels import RMSNorm, fuse, unfuse
 
+from .fusible import unswappable
+
 transformers = pytest.importorskip("transformers")
 
 SIZES = {
@@ -376,22 +378,8 @@ def test_skip_and_only_take_paths_classes_and_operators(llama):
         fuse([llama])
 
 
-class Unswappable(nn.LayerNorm):
-    live = True  # copies, on which a swap is tried, are not
-
-    def __deepcopy__(self, memo):
-        copied = nn.Module.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(vars(self), memo), live=False)
-        return copied
-
-    def __setattr__(self, name, value):
-        if name == "__class__" and self.live:
-            raise RuntimeError("no other class for me")
-        super().__setattr__(name, value)
-
-
 def test_a_failure_midway_rolls_everything_back():
-    model = nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8), Unswappable(8))
+    model = nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8), unswappable(nn.LayerNorm, 8))
     before = classes(model)
     with pytest.raises(RuntimeError, match="no other class"):
         fuse(model)

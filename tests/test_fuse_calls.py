@@ -9,20 +9,13 @@ from torch import nn
 
 from braze.kernels import fuse, fused, unfuse, use_backend
 
+from .fusible import apply_rotary, unswappable
+
 
 @pytest.fixture(autouse=True)
 def eager():
     with use_backend("eager"):
         yield
-
-
-def rotate_half(x):
-    first, second = x.chunk(2, -1)
-    return torch.cat([-second, first], -1)
-
-
-def apply_rotary(q, k, cos, sin):
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
 class Many(nn.Module):
@@ -134,22 +127,8 @@ def test_skip_and_only_know_the_class_and_the_path_of_a_part(model):
     ]
 
 
-class Unswappable(nn.LayerNorm):
-    live = True  # copies, on which a swap is tried, are not
-
-    def __deepcopy__(self, memo):
-        copied = nn.Module.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(vars(self), memo), live=False)
-        return copied
-
-    def __setattr__(self, name, value):
-        if name == "__class__" and self.live:
-            raise RuntimeError("no other class for me")
-        super().__setattr__(name, value)
-
-
 def test_a_call_that_fails_leaves_what_an_earlier_one_did(model):
-    model = nn.Sequential(model, Unswappable(8))
+    model = nn.Sequential(model, unswappable(nn.LayerNorm, 8))
     fuse(model, only="glu")
     before = classes(model)
     for call in (fuse, lambda m: fused(m).__enter__()):

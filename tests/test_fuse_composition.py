@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 from braze.kernels import fuse, unfuse, use_backend
 from braze.kernels.fuse.joint import fusion
 
+from .fusible import tiny_llama
+
 transformers = pytest.importorskip("transformers")
 timm = pytest.importorskip("timm")
 
@@ -27,18 +29,7 @@ IMAGES = torch.linspace(-2, 2, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32).double(
 
 @functools.cache
 def language_model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=97,
-        pad_token_id=0,
-        use_cache=False,
-    )
-    return transformers.LlamaForCausalLM(config)
+    return tiny_llama(num_attention_heads=4, num_key_value_heads=2)
 
 
 @functools.cache

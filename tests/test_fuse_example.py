@@ -13,6 +13,8 @@ from torch import nn
 from braze.kernels import dispatch, fuse, plan, unfuse, use_backend
 from braze.kernels.fuse.sample import Draw
 
+from .fusible import apply_rotary
+
 tuning = importlib.import_module("braze.kernels.fuse.tune")
 
 
@@ -20,15 +22,6 @@ tuning = importlib.import_module("braze.kernels.fuse.tune")
 def eager():
     with use_backend("eager"):
         yield
-
-
-def rotate_half(x):
-    first, second = x.chunk(2, -1)
-    return torch.cat([-second, first], -1)
-
-
-def apply_rotary(q, k, cos, sin):
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
 class Model(nn.Module):

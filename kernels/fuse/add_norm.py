@@ -22,6 +22,7 @@ from .norms import Norm
 from .sample import Draw, Refused, Sample, kind
 from .savings import Counted, Measure
 from .sites import Site, Unit, called, child, hooked
+from .source import blocks, call, expression, numbered
 
 #: What may not stand around the norm: it would not run, or not once.
 _BRANCHES = (ast.IfExp, ast.BoolOp, ast.Compare, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -43,14 +44,14 @@ class AddNorm(Site):
     @classmethod
     def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
         """In every block of statements, and every call."""
-        numbers = {id(node): number for number, node in enumerate(ast.walk(unit.tree))}
+        numbers = numbered(unit.tree)
         for node in ast.walk(unit.tree):
-            call = called(node)
-            if call is not None and isinstance(call[1], ast.BinOp) and isinstance(call[1].op, ast.Add):
-                yield from cls._made(module, unit, call[0], (numbers[id(node)],))
-            for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
-                for total, norm in _pairs(block if isinstance(block, list) else []):
-                    yield from cls._made(module, unit, norm.func, (numbers[id(total)], numbers[id(norm)]))
+            around = called(node)
+            if around is not None and isinstance(around[1], ast.BinOp) and isinstance(around[1].op, ast.Add):
+                yield from cls._made(module, unit, around[0], (numbers[id(node)],))
+        for block in blocks(unit.tree):
+            for total, norm in _pairs(block):
+                yield from cls._made(module, unit, norm.func, (numbers[id(total)], numbers[id(norm)]))
 
     @classmethod
     def _made(cls, module: nn.Module, unit: Unit, function: ast.expr, numbers: tuple[int, ...]) -> Iterator[Site]:
@@ -118,14 +119,14 @@ class AddNorm(Site):
 
     def edits(self, name: str) -> dict[int, Callable[[Any], ast.AST]]:
         """The sum becomes a call that returns the norm, too, and the norm takes it from there."""
-        norm = ast.parse(f"self.{self.norm}", mode="eval").body
 
         def both(total: ast.BinOp) -> ast.expr:
-            return ast.Call(func=ast.Name(id=name, ctx=ast.Load()), args=[norm, total.left, total.right], keywords=[])
+            return call(name, expression(f"self.{self.norm}"), total.left, total.right)
 
         def around(node: ast.Call) -> ast.AST:
             assert isinstance(node.args[0], ast.BinOp)
-            return _popped(ast.Subscript(value=both(node.args[0]), slice=ast.Constant(1), ctx=ast.Load()))
+            normed = ast.Subscript(value=both(node.args[0]), slice=ast.Constant(1), ctx=ast.Load())
+            return ast.Call(func=ast.Attribute(value=normed, attr="pop", ctx=ast.Load()), args=[], keywords=[])
 
         def sums(node: ast.Assign) -> ast.AST:
             assert isinstance(node.value, ast.BinOp)
@@ -134,11 +135,7 @@ class AddNorm(Site):
 
         if len(self.numbers) == 1:
             return {self.numbers[0]: around}
-        return {self.numbers[0]: sums, self.numbers[1]: lambda _: _popped(ast.Name(f"{name}_normed", ast.Load()))}
-
-
-def _popped(holder: ast.expr) -> ast.Call:
-    return ast.Call(func=ast.Attribute(value=holder, attr="pop", ctx=ast.Load()), args=[], keywords=[])
+        return {self.numbers[0]: sums, self.numbers[1]: lambda _: call(f"{name}_normed.pop")}
 
 
 def _pairs(statements: list[Any]) -> Iterator[tuple[ast.Assign, ast.Call]]:

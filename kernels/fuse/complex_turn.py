@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..ops.rope import rope
 from .sample import Draw, Sample
 from .sites import Site, Unit, called, resolved
+from .source import call
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class ComplexTurn(Site):
             product = node.args[0]
             assert isinstance(product, ast.BinOp)
             operands = [product.left, product.right]
-            return ast.Call(func=ast.Name(id=name, ctx=ast.Load()), args=operands, keywords=[])
+            return call(name, *operands)
 
         return {self.numbers[0]: edit}
 

@@ -19,6 +19,7 @@ from ..ops.glu import glu
 from .joint import takes
 from .sample import Draw, Sample
 from .sites import Site, Unit, activation, called, hooked, identity, module_type, resolved, units
+from .source import call, expression
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,13 @@ class Gate(Site):
             act, other = (node.left, node.right) if self.first else (node.right, node.left)
             assert isinstance(act, ast.Call)
             operands = [act.func, act.args[0], other] if self.first else [other, act.func, act.args[0]]
-            return ast.Call(func=ast.Name(id=name, ctx=ast.Load()), args=operands, keywords=[])
+            return call(name, *operands)
 
         return {self.numbers[0]: edit}
 
     def _act(self, module: nn.Module) -> Any:
         function = units(type(module))[self.unit].function
-        return resolved(ast.parse(self.act, mode="eval").body, module, function)
+        return resolved(expression(self.act), module, function)
 
 
 def _pools(tree: ast.FunctionDef) -> bool:

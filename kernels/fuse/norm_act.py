@@ -21,6 +21,7 @@ from .joint import takes
 from .sample import Draw, Sample, kind
 from .savings import Counted, Measure
 from .sites import Site, Unit, activation, called, child, hooked, module_type, resolved, units
+from .source import blocks, call, expression, numbered
 
 #: What the operators have.
 ACTIVATIONS = ("relu", "silu")
@@ -130,20 +131,18 @@ class NormAct(Site):
     @classmethod
     def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
         """``act(self.norm(x))``; and ``y = self.norm(x)``, ``y = act(y)``."""
-        tree = unit.tree
-        numbers = {id(node): number for number, node in enumerate(ast.walk(tree))}
-        for node in ast.walk(tree):
+        numbers = numbered(unit.tree)
+        for node in ast.walk(unit.tree):
             outer = called(node)
             inner = None if outer is None else called(outer[1])
             if outer is not None and inner is not None:
                 yield from cls._made(module, unit, outer[0], inner[0], (numbers[id(node)],))
-            for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
-                for row in _rows(block if isinstance(block, list) else []):
-                    norm, *between, act = (step(statement) for statement in row)
-                    if norm is not None and act is not None and all(_idle(module, f) for f in between if f):
-                        places = tuple(numbers[id(statement)] for statement in row)
-                        idle = tuple(ast.unparse(f) for f in between if f)
-                        yield from cls._made(module, unit, act, norm, places, idle)
+        for row in itertools.chain.from_iterable(map(_rows, blocks(unit.tree))):
+            norm, *between, act = (step(statement) for statement in row)
+            if norm is not None and act is not None and all(_idle(module, f) for f in between if f):
+                places = tuple(numbers[id(statement)] for statement in row)
+                idle = tuple(ast.unparse(f) for f in between if f)
+                yield from cls._made(module, unit, act, norm, places, idle)
 
     @classmethod
     def _made(
@@ -205,12 +204,12 @@ class NormAct(Site):
         def nested(node: ast.Call) -> ast.AST:
             inner = node.args[0]
             assert isinstance(inner, ast.Call)
-            return _call(name, node.func, inner.func, inner.args[0])
+            return call(name, node.func, inner.func, inner.args[0])
 
         def one_after_the_other(node: ast.Assign) -> ast.AST:
             assert isinstance(node.value, ast.Call)
-            act, *between = (ast.parse(source, mode="eval").body for source in (self.act, *self.between))
-            value = _call(name, act, node.value.func, node.value.args[0], *between)
+            act, *between = map(expression, (self.act, *self.between))
+            value = call(name, act, node.value.func, node.value.args[0], *between)
             return ast.Assign(targets=node.targets, value=value)
 
         if len(self.numbers) == 1:
@@ -223,11 +222,7 @@ class NormAct(Site):
         if hasattr(module, name):
             return getattr(module, name)
         function = units(type(module))[self.unit].function
-        return resolved(ast.parse(self.act, mode="eval").body, module, function)
-
-
-def _call(name: str, *operands: ast.expr) -> ast.Call:
-    return ast.Call(func=ast.Name(id=name, ctx=ast.Load()), args=list(operands), keywords=[])
+        return resolved(expression(self.act), module, function)
 
 
 def _rows(block: list[ast.stmt]) -> Iterator[list[ast.stmt]]:

@@ -19,6 +19,7 @@ from .norm_act import NormAct, family, normalized, step, suits
 from .sample import Draw, Sample
 from .savings import Counted
 from .sites import Site, Unit, child, hooked, module_type
+from .source import blocks, call, expression, numbered
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,14 @@ class NormAddAct(NormAct):
     @classmethod
     def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
         """In every block of statements."""
-        numbers = {id(node): number for number, node in enumerate(ast.walk(unit.tree))}
-        for node in ast.walk(unit.tree):
-            for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
-                statements = block if isinstance(block, list) else []
-                for start in range(1, len(statements)):
-                    found = _tail(module, statements, start)
-                    if found is not None:
-                        norm, added, act, absent = found
-                        places = tuple(numbers[id(s)] for s in (statements[start], added, statements[act]))
-                        yield from cls._with(module, unit, norm, step(statements[act]), places, absent)
+        numbers = numbered(unit.tree)
+        for statements in blocks(unit.tree):
+            for start in range(1, len(statements)):
+                found = _tail(module, statements, start)
+                if found is not None:
+                    norm, added, act, absent = found
+                    places = tuple(numbers[id(s)] for s in (statements[start], added, statements[act]))
+                    yield from cls._with(module, unit, norm, step(statements[act]), places, absent)
 
     @classmethod
     def _with(
@@ -106,17 +105,17 @@ class NormAddAct(NormAct):
 
         def waits(node: ast.Assign) -> ast.AST:
             assert isinstance(node.value, ast.Call)
-            absent = [_expression(f"self.{one}") for one in self.absent]
-            return ast.Assign(targets=node.targets, value=_call(name, node.value.func, node.value.args[0], *absent))
+            absent = [expression(f"self.{one}") for one in self.absent]
+            return ast.Assign(targets=node.targets, value=call(name, node.value.func, node.value.args[0], *absent))
 
         def adds(node: ast.AugAssign) -> ast.AST:
             target = node.target
             assert isinstance(target, ast.Name)
-            return ast.Assign(targets=[target], value=_call(f"{name}.add", _expression(target.id), node.value))
+            return ast.Assign(targets=[target], value=call(f"{name}.add", expression(target.id), node.value))
 
         def acts(node: ast.Assign) -> ast.AST:
             assert isinstance(node.value, ast.Call)
-            return ast.Assign(targets=node.targets, value=_call(f"{name}.act", node.value.func, node.value.args[0]))
+            return ast.Assign(targets=node.targets, value=call(f"{name}.act", node.value.func, node.value.args[0]))
 
         return dict(zip(self.numbers, (waits, adds, acts), strict=True))
 
@@ -180,14 +179,6 @@ def _absent(module: nn.Module, statement: ast.stmt) -> str | None:
 
 def _names(node: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-
-
-def _expression(source: str) -> ast.expr:
-    return ast.parse(source, mode="eval").body
-
-
-def _call(function: str, *operands: ast.expr) -> ast.Call:
-    return ast.Call(func=_expression(function), args=list(operands), keywords=[])
 
 
 class _Tail(nn.Module):

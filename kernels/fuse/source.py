@@ -14,7 +14,7 @@ import functools
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .sample import Refused
@@ -25,6 +25,29 @@ _FEATURES = functools.reduce(
 
 #: What replaces a node: given the node, its fused form. By the node's number in a walk through the tree.
 Edits = Mapping[int, Callable[[Any], ast.AST]]
+
+
+def numbered(tree: ast.AST) -> dict[int, int]:
+    """The number of each node in a walk through the tree, by the node's id."""
+    return {id(node): number for number, node in enumerate(ast.walk(tree))}
+
+
+def blocks(tree: ast.AST) -> Iterator[list[Any]]:
+    """Every list of statements that run one after the other."""
+    for node in ast.walk(tree):
+        for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
+            if isinstance(block, list):
+                yield block
+
+
+def expression(source: str) -> ast.expr:
+    """The tree of an expression."""
+    return ast.parse(source, mode="eval").body
+
+
+def call(function: str, *operands: ast.expr) -> ast.Call:
+    """``function(*operands)``, where function is a name, or names with dots."""
+    return ast.Call(func=expression(function), args=list(operands), keywords=[])
 
 
 def innermost(function: Any) -> types.FunctionType | None:
@@ -91,8 +114,7 @@ def _holds(cell: Any, value: Any) -> bool:
 def _edited(function: types.FunctionType, edits: Edits, names: Mapping[str, Any]) -> Any:
     definition = parsed(function.__code__)
     assert definition is not None
-    nodes = {id(node): number for number, node in enumerate(ast.walk(definition))}
-    tree = _Editor(edits, nodes).visit(definition)
+    tree = _Editor(edits, numbered(definition)).visit(definition)
     code = _compiled(ast.fix_missing_locations(tree), function.__code__)
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     if code is None or not set(code.co_freevars) <= set(cells):

@@ -16,6 +16,7 @@ from ..ops.rope import rope, rotate
 from .joint import takes
 from .sample import Draw, Sample
 from .sites import Site, Unit, called, resolved, units
+from .source import call, expression
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,13 @@ class Turn(Site):
         def edit(node: ast.BinOp) -> ast.AST:
             parts = _parts(node)
             assert parts is not None
-            return ast.Call(func=ast.Name(id=name, ctx=ast.Load()), args=list(parts), keywords=[])
+            return call(name, *parts)
 
         return {self.numbers[0]: edit}
 
     def _rotate(self, module: nn.Module) -> Any:
         function = units(type(module))[self.unit].function
-        return resolved(ast.parse(self.rotate, mode="eval").body, module, function)
+        return resolved(expression(self.rotate), module, function)
 
 
 def _parts(node: ast.AST) -> tuple[ast.expr, ast.expr, ast.expr, ast.expr] | None:
