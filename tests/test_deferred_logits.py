@@ -1,4 +1,7 @@
-"""The tensor that stands for logits: steps that stay deferred, losses, and the ordinary tensor for everything else."""
+"""The tensor that stands for logits: steps that stay deferred, losses, and the ordinary tensor for everything else.
+
+One file, because the tables of steps and losses also make up the drawn sequences, and everything is about one class.
+"""
 
 import io
 

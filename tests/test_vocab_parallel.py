@@ -1,4 +1,7 @@
-"""cross_entropy and linear_cross_entropy with the classes in parts: processes agree with one that has all classes."""
+"""cross_entropy and linear_cross_entropy with the classes in parts: processes agree with one that has all classes.
+
+One file, because all cases run in processes that are started once.
+"""
 
 from __future__ import annotations
 
