@@ -10,7 +10,6 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._pytree import tree_leaves
 
 from braze.kernels import fuse, unfuse, use_backend
 from braze.kernels.fuse.joint import fusion
@@ -79,15 +78,8 @@ def gradients(model, loss):
     return value.detach(), found
 
 
-def assert_close(found, expected):
-    """To half of the digits: what is composed wrongly is wrong in the first."""
-    some = next(tensor for tensor in tree_leaves(expected) if isinstance(tensor, torch.Tensor))
-    tolerance = torch.finfo(some.dtype).eps ** 0.5
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance / 10)
-
-
 def assert_same(model, loss, plain):
-    assert_close(gradients(model, loss), gradients(plain, loss))
+    torch.testing.assert_close(gradients(model, loss), gradients(plain, loss))
 
 
 # ----------------------------------------------------------------------------------------- compile and export
@@ -127,7 +119,7 @@ def test_exported(make, loss, strict):
     expected = plain(**call)
     got = exported.module()(**call)
     logits = (got.logits, expected.logits) if make is language_model else (got, expected)
-    assert_close(*logits)
+    torch.testing.assert_close(*logits)
     assert set(exported.state_dict) <= set(plain.state_dict()) | {n for n, _ in plain.named_buffers()}
 
 
@@ -169,7 +161,7 @@ def test_adapters_before_or_after(targets, first):
     assert_same(model, language_loss, plain)
     assert all(p.grad.any() for name, p in model.named_parameters() if name in adapters)
     merged, expected = model.merge_and_unload(), plain.merge_and_unload()
-    assert_close(merged(TOKENS).logits, expected(TOKENS).logits)
+    torch.testing.assert_close(merged(TOKENS).logits, expected(TOKENS).logits)
     assert how_many(merged)
 
 
@@ -190,7 +182,7 @@ def test_inference_mode(make, loss):
     model, plain = fresh(make).eval(), fresh(make).eval()
     with torch.inference_mode():
         assert fuse(model).fused
-        assert_close(loss(model), loss(plain))
+        torch.testing.assert_close(loss(model), loss(plain))
     assert_same(model, loss, plain)  # and what was prepared there can be trained
 
 
@@ -208,7 +200,7 @@ def test_a_functional_call(make, loss):
         def forward(self, *args, **kwargs):
             return torch.func.functional_call(self.inner, halved, args, kwargs)
 
-    assert_close(loss(Called(model)), loss(Called(plain)))
+    torch.testing.assert_close(loss(Called(model)), loss(Called(plain)))
 
 
 @pytest.mark.filterwarnings(
@@ -219,7 +211,7 @@ def test_quantised_layers_are_left_alone():
     model = copy.deepcopy(quantised)
     fuse(model)
     with torch.no_grad():
-        assert_close(model(TOKENS).logits, quantised(TOKENS).logits)
+        torch.testing.assert_close(model(TOKENS).logits, quantised(TOKENS).logits)
 
 
 # ------------------------------------------------------------------------------------- copies, processes, loading
@@ -243,7 +235,7 @@ def test_an_averaged_copy(make, loss, first):
             optimizer.step()
             its.update_parameters(one)
     assert bool(how_many(average)) == (first == "fuse")
-    assert_close(average.module.state_dict(), averages.module.state_dict())
+    torch.testing.assert_close(average.module.state_dict(), averages.module.state_dict())
 
 
 def _child(index, model, gradient, results):
@@ -265,7 +257,7 @@ def test_sent_to_a_spawned_process():
     loss, expected = gradients(plain, language_loss)
     assert found["fused"] == how_many(model)
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert_close(gradient, expected["model.norm.weight"])
+    torch.testing.assert_close(gradient, expected["model.norm.weight"])
 
 
 @each_model
