@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,25 @@ def test_it_is_the_chain_of_torchvision(backend: str, device: str) -> None:
     with use_backend(backend):
         _close(ImageNormalize(MEAN, STD)(x), chain(x))
         _close(image_normalize(x, MEAN, STD, flip=flip), chain(flipped))
+
+
+@every_backend
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "options", [{}, {"partner": torch.tensor([1, 0]), "lam": 0.25, "flip": torch.tensor([True, False])}]
+)
+def test_out_gets_what_fresh_memory_would(
+    backend: str, memory_format: torch.memory_format, options: dict[str, Any], device: str
+) -> None:
+    options = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in options.items()}
+    x = _images(2, 3, 8, 20, device=device)
+    out = torch.full(x.shape, float("nan"), dtype=torch.bfloat16, device=device).to(memory_format=memory_format)
+    with use_backend(backend):
+        fresh = image_normalize(x, MEAN, STD, dtype=out.dtype, memory_format=memory_format, **options)
+        for _ in range(2):
+            assert image_normalize(x, MEAN, STD, out=out, **options) is out
+            assert torch.equal(out, fresh)
+            out.zero_()
 
 
 @every_backend
@@ -146,7 +167,9 @@ def test_a_partner_out_of_range_is_nan_on_the_device(device: str) -> None:
     from braze.kernels.triton import image_normalize as kernels
 
     x, partner = _images(3, 3, 4, 18, device=device), torch.tensor([1, 3, -1], device=device)
-    y = kernels.forward(x, None, partner, None, None, mean=MEAN, std=STD, dtype=torch.bfloat16, channels_last=False)
+    y = kernels.forward(
+        x, None, partner, None, None, None, mean=MEAN, std=STD, dtype=torch.bfloat16, channels_last=False
+    )
     assert y.isnan().flatten(1).all(1).tolist() == [False, True, True]
     assert y[0].isfinite().all()
 

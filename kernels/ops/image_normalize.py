@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import dispatch
 from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
+from . import image_checks
 
 
 def reference(
@@ -28,6 +29,7 @@ def reference(
     partner: Tensor | None,
     lam: Tensor | None,
     box: Tensor | None,
+    out: Tensor | None,
     *,
     mean: Sequence[float],
     std: Sequence[float],
@@ -41,7 +43,7 @@ def reference(
     center, spread = (torch.tensor(t, dtype=wide, device=x.device).view(-1, 1, 1) for t in (mean, std))
     column = torch.arange(x.shape[-1], device=x.device)
     other = None if partner is None else x[partner]
-    y = _values(x, other, lam, box, column, center, spread, dtype=dtype)
+    y = _values(x, other, lam, box, column, center, spread, out, dtype=dtype)
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
@@ -53,10 +55,11 @@ def _values(
     column: Tensor,
     center: Tensor,
     spread: Tensor,
+    out: Tensor | None,
     *,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What becomes of bytes [N, …, H, L] that lie at ``column`` [L] of their rows."""
+    """What becomes of bytes [N, …, H, L] that lie at ``column`` [L] of their rows; in ``out`` if there is one."""
     v = x.to(spread.dtype)
     if other is not None:
         partners = other.to(v.dtype)
@@ -65,7 +68,8 @@ def _values(
             v = own * v + (1.0 - own) * partners
         if box is not None:
             v = torch.where(_inside(box, x.shape[-2], column), partners, v)
-    return ((v / 255.0 - center) / spread).to(dtype)
+    y = ((v / 255.0 - center) / spread).to(dtype)
+    return y if out is None else out.copy_(y)
 
 
 def _inside(box: Tensor, H: int, column: Tensor) -> Tensor:
@@ -80,12 +84,13 @@ def image_normalize(
     mean: Sequence[float],
     std: Sequence[float],
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
     flip: Tensor | None = None,
     partner: Tensor | None = None,
     lam: Tensor | float | None = None,
     box: Tensor | Sequence[int] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``(x / 255 − mean) / std`` of uint8 images, in one pass from bytes to the dtype and layout that a model takes.
 
@@ -97,43 +102,50 @@ def image_normalize(
         x: uint8 [N, C, H, W], in planar or channels-last memory; the permuted view of an [N, H, W, C] batch will do.
         mean: of each channel, of values in [0, 1].
         std: likewise.
-        dtype: of the result; floating point.
-        memory_format: of the result: ``torch.contiguous_format``, ``torch.channels_last``, or None to keep x's.
+        dtype: of the result; floating point. None is that of ``out``, or float32.
+        memory_format: of the result: ``torch.contiguous_format``, ``torch.channels_last``, or None for that of ``out``,
+            or x's.
         flip: boolean [N], True where an image is mirrored left to right, before it is mixed.
         partner: int64 [N]: the image of the batch that each is mixed with; ``arange(N).roll(1)`` in torchvision,
             ``arange(N).flip(0)`` in timm.
         lam: the part that an image itself has in the mixture, the same for all or a floating-point [N]; None is 1.
         box: (x1, y1, x2, y2), the same for all or int64 [N, 4]: pixels with x1 ≤ x < x2 and y1 ≤ y < y2 are the
             partner's. A box with no pixel changes nothing.
+        out: memory for the result, [N, C, H, W], which is overwritten and returned. On the CPU, fresh memory for a
+            large batch costs more than the arithmetic: the system hands it out page by page.
 
     Returns:
         [N, C, H, W] in ``dtype``.
 
     Raises:
         TypeError: if x is not uint8, dtype is not floating point, or flip, partner, lam or box has another dtype.
-        ValueError: if a shape does not fit, a std is not positive, or lam or box comes with no partner.
+        ValueError: if a shape does not fit, a std is not positive, lam or box comes with no partner, or ``out`` is of
+            another dtype, layout or device.
         IndexError: if a partner on the CPU is out of range. On a GPU, where looking would stall the stream, such an
             image is NaN.
     """
-    _check(x, mean, std, dtype, memory_format)
+    dtype = dtype or (torch.float32 if out is None else out.dtype)
+    image_checks.images(x, mean, std, dtype, memory_format)
     lam = None if lam is None else _tensor(lam, torch.float32, x)
     box = None if box is None else _tensor(box, torch.int64, x)
-    _check_mixing(x, flip, partner, lam, box)
-    if memory_format is None:
-        keeps = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        memory_format = torch.channels_last if keeps else torch.contiguous_format
-    return dispatch.run(
+    image_checks.mixing(x, flip, partner, lam, box)
+    memory_format = memory_format or _layout(x if out is None else out)
+    if out is not None:
+        image_checks.out(out, x, dtype, memory_format)
+    y = dispatch.run(
         IMAGE_NORMALIZE,
         x,
         flip,
         partner,
         lam,
         box,
+        out,
         mean=tuple(map(float, mean)),
         std=tuple(map(float, std)),
         dtype=dtype,
         channels_last=memory_format == torch.channels_last,
     )
+    return y if out is None else out
 
 
 class ImageNormalize(torch.nn.Module):
@@ -156,9 +168,9 @@ class ImageNormalize(torch.nn.Module):
         super().__init__()
         self.mean, self.std, self.dtype, self.memory_format = tuple(mean), tuple(std), dtype, memory_format
 
-    def forward(self, x: Tensor, **mixing: Any) -> Tensor:
-        """uint8 [N, C, H, W] → the same in ``dtype``; flip, partner, lam and box as in :func:`image_normalize`."""
-        return image_normalize(x, self.mean, self.std, dtype=self.dtype, memory_format=self.memory_format, **mixing)
+    def forward(self, x: Tensor, **more: Any) -> Tensor:
+        """uint8 [N, C, H, W] → the same in ``dtype``; flip, partner, lam, box and out as in :func:`image_normalize`."""
+        return image_normalize(x, self.mean, self.std, dtype=self.dtype, memory_format=self.memory_format, **more)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -172,79 +184,17 @@ def _tensor(value: Any, dtype: torch.dtype, x: Tensor) -> Tensor:
     return torch.tensor(value, dtype=dtype).to(x.device, non_blocking=True)
 
 
-def _check(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, memory_format: object) -> None:
-    if x.dtype != torch.uint8:
-        raise TypeError(f"image_normalize: x must be uint8, got {x.dtype}; floating-point images are scaled already")
-    if x.dim() != 4:
-        raise ValueError(
-            f"image_normalize: x must be [N, C, H, W], got {tuple(x.shape)}; a single image is x.unsqueeze(0)"
-        )
-    if not dtype.is_floating_point:
-        raise TypeError(f"image_normalize: dtype must be floating point, got {dtype}; e.g. torch.bfloat16")
-    if memory_format not in (None, torch.contiguous_format, torch.channels_last):
-        raise ValueError(
-            "image_normalize: memory_format must be torch.contiguous_format, torch.channels_last or None, "
-            f"got {memory_format}"
-        )
-    for label, values in (("mean", mean), ("std", std)):
-        if len(values) != x.shape[1]:
-            raise ValueError(
-                f"image_normalize: {label} must have one number for each of the {x.shape[1]} channels of x "
-                f"{tuple(x.shape)}, got {len(values)}; images of shape [N, H, W, C] are x.permute(0, 3, 1, 2)"
-            )
-    if any(not s > 0.0 for s in std):
-        raise ValueError(f"image_normalize: std must be positive, got {tuple(std)}")
+def _layout(images: Tensor) -> torch.memory_format:
+    keeps = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.channels_last if keeps else torch.contiguous_format
 
 
-def _check_mixing(
-    x: Tensor, flip: Tensor | None, partner: Tensor | None, lam: Tensor | None, box: Tensor | None
-) -> None:
-    N = x.shape[0]
-    if flip is not None and (flip.dtype != torch.bool or flip.shape != (N,)):
-        kind = TypeError if flip.dtype != torch.bool else ValueError
-        raise kind(
-            f"image_normalize: flip must be boolean [N], ({N},), got {flip.dtype} {tuple(flip.shape)}; "
-            "e.g. torch.rand(N) < 0.5"
-        )
-    if partner is None:
-        if lam is not None or box is not None:
-            raise ValueError(
-                "image_normalize: lam and box say how an image is mixed with its partner, got no partner; "
-                "pass e.g. partner=torch.arange(N).roll(1)"
-            )
-        return
-    if partner.dtype != torch.int64:
-        raise TypeError(f"image_normalize: partner must be int64, got {partner.dtype}; partner.long()?")
-    if partner.shape != (N,):
-        raise ValueError(f"image_normalize: partner must be [N], ({N},), got {tuple(partner.shape)}")
-    if lam is not None and not lam.is_floating_point():
-        raise TypeError(f"image_normalize: lam must be floating point, got {lam.dtype}; lam.float()?")
-    if lam is not None and (lam.requires_grad or lam.shape not in ((), (1,), (N,))):
-        raise ValueError(
-            f"image_normalize: lam must be a number or [N], ({N},), without a gradient, got {tuple(lam.shape)}, "
-            f"requires_grad={lam.requires_grad}"
-        )
-    if box is not None and (box.is_floating_point() or box.dtype == torch.bool):
-        raise TypeError(f"image_normalize: box must be integers, got {box.dtype}; box.long()?")
-    if box is not None and box.shape not in ((4,), (1, 4), (N, 4)):
-        raise ValueError(f"image_normalize: box must be (x1, y1, x2, y2) or [N, 4], ({N}, 4), got {tuple(box.shape)}")
-    _check_range(x, partner)
-
-
-def _check_range(x: Tensor, partner: Tensor) -> None:
-    if partner.device.type != "cpu" or torch.compiler.is_compiling() or dispatch.seen_into([x, partner]):
-        return
-    wrong = partner[(partner < 0) | (partner >= x.shape[0])]
-    if len(wrong):
-        raise IndexError(f"image_normalize: partner must be in [0, {x.shape[0]}), got {wrong[0].item()}")
-
-
-def _triton(x: Tensor, *mixing: Tensor | None, **options: Any) -> Tensor:
+def _triton(x: Tensor, *more: Tensor | None, **options: Any) -> Tensor:
     if options["dtype"] == torch.float64:  # the kernel computes in float32
-        return reference(x, *mixing, **options)
+        return reference(x, *more, **options)
     from ..triton import image_normalize as kernels
 
-    return kernels.forward(x, *mixing, **options)
+    return kernels.forward(x, *more, **options)
 
 
 def _compiled(
@@ -253,6 +203,7 @@ def _compiled(
     partner: Tensor | None,
     lam: Tensor | None,
     box: Tensor | None,
+    out: Tensor | None,
     *,
     mean: Sequence[float],
     std: Sequence[float],
@@ -281,7 +232,9 @@ def _compiled(
         images = torch.stack([m if f else i for i, m, f in zip(images, mirrored, flip.tolist(), strict=True)])
     rows = images.reshape(shape)
     other = None if partner is None else rows.index_select(0, partner)
-    y = compiled_call(_values, (rows, other, lam, box, column, center, spread), {"dtype": dtype})
+    if out is not None and channels_last:
+        out = out.permute(0, 2, 3, 1).view(shape)
+    y = compiled_call(_values, (rows, other, lam, box, column, center, spread, out), {"dtype": dtype})
     return y.view(N, H, W, C).permute(0, 3, 1, 2) if channels_last else y
 
 
@@ -362,6 +315,13 @@ def _errors() -> Iterator[ErrorInput]:
     yield ErrorInput(mixing(partner=partner, lam=torch.rand(3)), ValueError, r"lam must be a number or \[N\], \(2,\)")
     yield ErrorInput(mixing(partner=partner, box=torch.zeros(4)), TypeError, "box must be integers")
     yield ErrorInput(mixing(partner=partner, box=(1, 2, 3)), ValueError, r"box must be \(x1, y1, x2, y2\)")
+    half, packed = torch.empty(x.shape, dtype=torch.float16), torch.empty(x.shape).to(memory_format=torch.channels_last)
+    yield ErrorInput(mixing(out=half, dtype=torch.float32), TypeError, "out must be of dtype torch.float32")
+    yield ErrorInput(mixing(out=half[:1]), ValueError, r"out must have x's shape \(2, 3, 4, 5\).*\(1, 3, 4, 5\)")
+    yield ErrorInput(mixing(out=torch.empty(2, 3, 4, 10)[..., ::2]), ValueError, "out must be dense in")
+    yield ErrorInput(
+        mixing(out=packed, memory_format=torch.contiguous_format), ValueError, "dense in torch.contiguous_format"
+    )
 
 
 def _traffic(
@@ -374,7 +334,8 @@ def _traffic(
 
 def _axes(x: Tensor, flip: Tensor | None, partner: Tensor | None, *_: Tensor | None, **__: Any) -> str:
     """A partner may be any image of the batch; a box and a mirrored row are counted in pixels of the whole image."""
-    return "n C H W, n, n, n, n I -> n C H W" if partner is None else "N C H W, N, N, N, N I -> N C H W"
+    signature = "n C H W, n, n, n, n I, n C H W -> n C H W"
+    return signature if partner is None else signature.replace("n", "N")
 
 
 _EDGES = "groups of 16 pixels across an edge of the box are read of both images"

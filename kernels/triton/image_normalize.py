@@ -125,11 +125,11 @@ def _normalize(
     tl.store(y + at, v.to(y.dtype.element_ty), exists & there[:, None])
 
 
-def forward(x, flip, partner, lam, box, *, mean, std, dtype: torch.dtype, channels_last: bool):
-    """Return the normalized images."""
+def forward(x, flip, partner, lam, box, out, *, mean, std, dtype: torch.dtype, channels_last: bool):
+    """Return the normalized images, in ``out`` if there is one."""
     N, C, H, W = x.shape
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    y = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout) if out is None else out
     if not y.numel():
         return y
     packed = x.stride(1) == 1 and x.stride(3) == C and C > 1
