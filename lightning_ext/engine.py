@@ -12,6 +12,7 @@ from torch.nn import Module, ModuleDict, ModuleList
 from braze.kernels import fuse as fuse_model
 from braze.layouts import FormatRecord, FormatReport, channels_last
 
+from . import fp8
 from .packages import LightningModule, rank_zero_info
 from .prefetch import PrefetchCallback
 from .recipe import Recipe
@@ -31,20 +32,24 @@ def apply(module: Module, recipe: Recipe, title: str) -> Report:
         title: of the report, which is printed on rank zero if there is something new in it.
 
     Raises:
-        ValueError: if a memory format is wanted of parameters that are sharded; nothing is changed then.
+        ValueError: if a memory format or float8 is wanted of parameters that are sharded; nothing is changed
+            then.
     """
     if recipe.memory_format is not None:
         _check_unsharded(module, recipe)
+    if recipe.fp8 is not None:
+        fp8.check_unsharded(recipe.owner, module, recipe.fp8, recipe.skip)
     fusion = fuse_model(module, skip=recipe.skip) if recipe.fuse == "auto" else None
     formats = _channels_last(module) if recipe.memory_format == "channels_last" else None
+    converted = None if recipe.fp8 is None else fp8.convert(module, recipe.fp8, recipe.skip)
     precision = str(module.trainer.precision) if _attached(module) else None
-    report = Report(title, fusion, recipe.skip, _compile(module, recipe), formats, precision)
+    report = Report(title, fusion, recipe.skip, _compile(module, recipe), formats, precision, converted)
     known = reports.get(module)
     if known is not None and not (fusion and fusion.fused):
         if known.title == title:
             return known
         # Swapped before by another, such as prepare_for_sharding, that compiled nothing.
-        report = dataclasses.replace(report, fusion=known.fusion)
+        report = dataclasses.replace(report, fusion=known.fusion, fp8=known.fp8)
     reports[module] = report
     # PrefetchCallback prints it, once the loaders are known, in one table with them.
     if not (_attached(module) and any(isinstance(one, PrefetchCallback) for one in module.trainer.callbacks)):  # type: ignore[attr-defined]

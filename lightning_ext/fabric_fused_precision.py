@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from . import precisions
 from .engine import apply
+from .fp8 import RecipeName
 from .packages import FabricFSDPPrecision, rank_zero_warn
 from .precisions import PrecisionInput
 from .recipe import Recipe
@@ -37,7 +38,7 @@ class FabricFusedPrecision(FabricFSDPPrecision):
 
     Raises:
         ValueError: as there.
-        NotImplementedError: if fp8 is asked for.
+        RuntimeError, ModuleNotFoundError: as there.
     """
 
     def __init__(
@@ -49,12 +50,11 @@ class FabricFusedPrecision(FabricFSDPPrecision):
         memory_format: Literal["channels_last"] | None = None,
         compile: Literal["off", "regional", "full"] = "off",
         compile_kwargs: dict[str, Any] | None = None,
-        fp8: str | None = None,
+        fp8: RecipeName | None = None,
     ) -> None:
         name = type(self).__name__
         found = precisions.unified(name, precision)
-        precisions.refuse_fp8(name, fp8)
-        self.recipe = Recipe(name, fuse, tuple(skip), memory_format, compile, compile_kwargs or {})
+        self.recipe = Recipe(name, fuse, tuple(skip), memory_format, compile, compile_kwargs or {}, fp8)
         super().__init__("bf16-mixed" if found == "16-mixed" else found)  # type: ignore[arg-type]
         self.precision = found  # type: ignore[assignment]
         self.report: Report | None = None

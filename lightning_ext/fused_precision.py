@@ -15,6 +15,7 @@ from . import precisions
 from .clipping import clip_grad_norm_over_meshes_
 from .early_zero_grad import release_old_gradients
 from .engine import apply
+from .fp8 import RecipeName
 from .packages import (
     DeepSpeedStrategy,
     FSDPPrecision,
@@ -52,14 +53,17 @@ class FusedPrecision(FSDPPrecision):
         compile: "off", "regional" (each kind of block that repeats, once) or "full" (each part of the model), in place.
         compile_kwargs: arguments of ``torch.compile``; with "regional" also ``budget`` and ``dynamic_batch`` of
             ``compile_regions``.
-        fp8: None; anything else says what is missing.
+        fp8: "tensorwise", "rowwise" or "rowwise_with_gw_hp", recipes of torchao's: plain linear layers whose sizes are
+            multiples of 16 multiply in float8. The head whose logits a fused model defers, layers with hooks and what
+            ``skip`` names stay as they are. torchao means it for compiled models: compile, too. Not run on a GPU yet.
         early_zero_grad: whether the gradients of the step before are released before the forward pass, where Lightning
             keeps them until after it. Not done where the model or a callback overrides a hook around zero_grad, nor
             in manual optimization. A ``training_step`` that reads ``p.grad`` needs False.
 
     Raises:
         ValueError: if an argument is none of the above; from a fit, if the strategy or device cannot do it.
-        NotImplementedError: if fp8 is asked for.
+        RuntimeError: if fp8 is asked for where the hardware has none.
+        ModuleNotFoundError: if it is asked for without torchao.
     """
 
     def __init__(
@@ -71,13 +75,12 @@ class FusedPrecision(FSDPPrecision):
         memory_format: Literal["channels_last"] | None = None,
         compile: Literal["off", "regional", "full"] = "off",
         compile_kwargs: dict[str, Any] | None = None,
-        fp8: str | None = None,
+        fp8: RecipeName | None = None,
         early_zero_grad: bool = True,
     ) -> None:
         name = type(self).__name__
         found = precisions.unified(name, precision)
-        precisions.refuse_fp8(name, fp8)
-        self.recipe = Recipe(name, fuse, tuple(skip), memory_format, compile, compile_kwargs or {})
+        self.recipe = Recipe(name, fuse, tuple(skip), memory_format, compile, compile_kwargs or {}, fp8)
         # The loss scale is made in connect, where the device is known.
         super().__init__("bf16-mixed" if found == "16-mixed" else found)  # type: ignore[arg-type]
         self.precision = found  # type: ignore[assignment]

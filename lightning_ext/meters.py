@@ -19,6 +19,9 @@ from .packages import Callback, LightningModule, Trainer, rank_zero_info
 from .peaks import peak_flops
 from .table import Table
 
+#: Batches before those of a trace: the first is counted, the second may compile, and the third warms the profiler up.
+IDLE_STEPS = 3
+
 
 class MetersCallback(Callback):
     """Measures training, logs the readings, shows them in the progress bar, and sums them up at the end.
@@ -133,6 +136,12 @@ class MetersCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop measuring, and sum up on rank zero."""
+        traced = max(self._seen - IDLE_STEPS, 0)
+        if self._trace is not None and traced < self.trace_steps:
+            rank_zero_info(
+                f"MetersCallback: the trace has {traced} of {self.trace_steps} steps: there were {self._seen} batches, "
+                f"and the first {IDLE_STEPS} are not in it"
+            )
         self._stop()
         if self.windows and trainer.is_global_zero:
             self._write(trainer)
@@ -199,8 +208,7 @@ class MetersCallback(Callback):
         assert self.folder is not None
         path = Path(self.folder) / "trace.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The first batch is counted, and the second may compile.
-        schedule = torch.profiler.schedule(wait=2, warmup=1, active=self.trace_steps, repeat=1)
+        schedule = torch.profiler.schedule(wait=IDLE_STEPS - 1, warmup=1, active=self.trace_steps, repeat=1)
         self._trace = torch.profiler.profile(
             schedule=schedule, on_trace_ready=lambda trace: trace.export_chrome_trace(str(path))
         )

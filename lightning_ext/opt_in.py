@@ -17,7 +17,7 @@ FOR_TRAINERS = ("prefetch", "meters")
 
 
 def trainer_callbacks() -> list[Any]:
-    """The callbacks that the variable asks for.
+    """The callbacks that the variable asks for, in one.
 
     Raises:
         ValueError: if it names something else.
@@ -26,13 +26,14 @@ def trainer_callbacks() -> list[Any]:
     if not wanted:
         return []
     from . import MetersCallback, PrefetchCallback
+    from .opted_in import OptedIn
 
     callbacks = _for_models(wanted)
     if "prefetch" in wanted:
         callbacks.append(PrefetchCallback(memory_format="channels_last" if "channels_last" in wanted else None))
     if "meters" in wanted:
         callbacks.append(MetersCallback())
-    return callbacks
+    return [OptedIn(callbacks)]
 
 
 def fabric_callbacks() -> list[Any]:
@@ -41,7 +42,12 @@ def fabric_callbacks() -> list[Any]:
     Raises:
         ValueError: if the variable names something that neither has.
     """
-    return _for_models(_wanted())
+    callbacks = _for_models(_wanted())
+    if not callbacks:
+        return []
+    from .opted_in import OptedIn
+
+    return [OptedIn(callbacks)]
 
 
 def _wanted() -> list[str]:

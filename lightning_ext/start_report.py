@@ -32,6 +32,7 @@ class Report:
         compiled: the report of regional compilation, or pairs of each part of the model and what was done, or None.
         formats: the report of ``braze.layouts.channels_last``, if it ran.
         precision: that of the Trainer, if there is one.
+        fp8: pairs of each linear layer and what became of it, or None.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Report:
     compiled: RegionReport | list[tuple[str, str]] | None
     formats: FormatReport | None
     precision: str | None
+    fp8: list[tuple[str, str]] | None = None
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -48,6 +50,8 @@ class Report:
         if self.fusion is not None and self.skip:
             found["skipped"] = [(one, "left, as skip says") for one in self.skip]
         found |= {"compiled": self.compiled, "layout": self.formats}
+        if self.fp8 is not None:
+            found["float8"] = self.fp8
         return found if self.precision is None else {**found, "precision": self.precision}
 
     def __str__(self) -> str:
@@ -86,7 +90,7 @@ def _rows(part: Part) -> Iterator[Row]:
     elif isinstance(part, FormatReport):
         yield from _formats(part)
     else:
-        yield from (_row(where, what) for where, what in part)
+        yield from _pairs(part)
 
 
 def _row(where: str, what: str, why: str = "") -> Row:
@@ -121,6 +125,14 @@ def _formats(report: FormatReport) -> Iterator[Row]:
         yield _row(_where(paths), f"channels_last: {status}", reason)
     if not groups:
         yield _row("", "nothing to convert", "no 2-D convolution was found")
+
+
+def _pairs(pairs: list[tuple[str, str]]) -> Iterator[Row]:
+    groups: dict[str, list[str]] = {}
+    for where, what in pairs:
+        groups.setdefault(what, []).append(where)
+    for what, places in groups.items():
+        yield _row(_where(places), what)
 
 
 def _where(paths: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from braze.lightning_ext import FusedPrecision
+from braze.lightning_ext import FusedPrecision, fp8
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 WARNINGS = [
@@ -93,6 +94,13 @@ def train(precision: str, fused: bool | Precision, model: Callable[[], Net] = Ne
     net = model()
     make_trainer(precision, fused, **options).fit(net, batches())
     return net
+
+
+def emulate_float8(replace: Callable[[Any, str, Any], None]) -> None:
+    """Products in float8 as torchao emulates them, for machines that have none."""
+    recipe = fp8.config
+    replace(fp8, "config", lambda name: dataclasses.replace(recipe(name), emulate=True))
+    replace(fp8, "lacking_hardware", lambda: None)
 
 
 def distance(a: list[float], b: list[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import os
 import traceback
@@ -13,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -21,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from braze.kernels import optim
 from braze.lightning_ext import FabricFusedPrecision, FusedPrecision, prepare_for_sharding
 
-from .lightning_net import QUIET, Block, Net, SaveInTheMiddle, batches
+from .lightning_net import QUIET, Block, Net, SaveInTheMiddle, batches, emulate_float8
 
 PROCESSES = 2
 CLIP = 0.05
@@ -29,7 +31,7 @@ CLIP = 0.05
 LINE = {"compile": "regional", "compile_kwargs": {"backend": "eager"}}
 PRECISIONS = {
     "ddp": ("32-true", "bf16-mixed", "bf16-true"),
-    "fsdp1": ("32-true", "bf16-mixed"),
+    "fsdp1": ("32-true", "bf16-mixed", "bf16-true"),
     "fsdp2": ("32-true", "bf16-mixed", "bf16-true"),
 }
 
@@ -114,7 +116,7 @@ def fit(
     chosen = {"plugins": [FusedPrecision(precision, **options.pop("line", {}))]} if fused else {"precision": precision}
     settled = {"accumulate_grad_batches": 2, "max_epochs": 2, "use_distributed_sampler": False}
     options = {"gradient_clip_val": CLIP, **settled, **QUIET, **chosen, **options}
-    callbacks = [] if save is None else [SaveInTheMiddle(save)]
+    callbacks = options.pop("callbacks", []) + ([] if save is None else [SaveInTheMiddle(save)])
     trainer = L.Trainer(accelerator="cpu", devices=PROCESSES, strategy=strategy(name), callbacks=callbacks, **options)
     every_second = slice(dist.get_rank(), None, PROCESSES)
     trainer.fit(net, batches(part=every_second), ckpt_path=resume)
@@ -124,6 +126,7 @@ def fit(
         "steps": trainer.global_step,
         "ranks": trainer.world_size,
         "regions": sum("forward" in block.__dict__ for block in blocks),
+        "float8": sum(type(part).__name__ == "Float8Linear" for part in net.modules()),
         "swapped": sum(type(part) is not nn.RMSNorm for part in net.modules() if isinstance(part, nn.RMSNorm)),
     }
     if save is not None and trainer.is_global_zero:
@@ -131,6 +134,20 @@ def fit(
         states = checkpoint["optimizer_states"][0]["state"]
         found["keys"] = (list(checkpoint["state_dict"]), sorted(checkpoint), sorted(map(str, states)))
     return found
+
+
+def evaluate(name: str, precision: str, fused: bool) -> tuple[float, list[float]]:
+    """The validation loss and the predictions of a model that is not trained."""
+    chosen = {"plugins": [FusedPrecision(precision, **LINE)]} if fused else {"precision": precision}
+    options = {**QUIET, **chosen, "use_distributed_sampler": False}
+    trainer = L.Trainer(accelerator="cpu", devices=PROCESSES, strategy=strategy(name), **options)
+    torch.manual_seed(0)
+    net = Sharded() if name == "fsdp2" else Net()
+    untrained = copy.deepcopy(net)  # FSDP wraps the layers of a model for good
+    (metrics,) = trainer.validate(net, batches(), verbose=False)
+    predictions = trainer.predict(untrained, batches())
+    assert fused == (type(untrained.body[0].second) is not nn.RMSNorm)
+    return metrics["loss"], torch.cat(predictions).flatten().tolist()
 
 
 def tensor_parallel() -> list[float]:
@@ -181,16 +198,26 @@ def runs(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "fsdp2 prepared", lambda: fit("fsdp2", "32-true", True, model=Prepared)
     yield "fsdp2 stochastic", lambda: fit("fsdp2", "bf16-true", True, model=Stochastic, gradient_clip_val=None)
     yield "tensor parallel", tensor_parallel
-    yield "fsdp2 channels_last", lambda: FusedPrecision(memory_format="channels_last").convert_module(sharded_alone())
+    yield "fsdp2 channels_last", partial(convert_sharded, nn.Conv2d(2, 2, 1), memory_format="channels_last")
+    yield "fsdp2 float8 sharded", partial(convert_sharded, nn.Linear(16, 16), fp8="tensorwise")
+    yield "fsdp2 float8", partial(fit, "fsdp2", "bf16-true", True, model=Prepared, line={"fp8": "tensorwise"})
+    for kind, fused, precision in (
+        ("fused", True, "32-true"),
+        ("vanilla", False, "32-true"),
+        ("exact", False, "64-true"),
+    ):
+        yield f"averaged {kind}", partial(fit, "ddp", precision, fused, callbacks=[EMAWeightAveraging()])
+        for name in PRECISIONS if kind != "exact" else ("ddp",):
+            yield f"{name} evaluated {kind}", partial(evaluate, name, precision, fused)
     yield "fabric exact", lambda: fabric("64-true", False)
     yield "fabric vanilla", lambda: fabric("bf16-mixed", False)
     yield "fabric fused", lambda: fabric("bf16-mixed", True)
 
 
-def sharded_alone() -> nn.Module:
-    net = nn.Sequential(nn.Conv2d(2, 2, 1))
+def convert_sharded(layer: nn.Module, **options: Any) -> None:
+    net = nn.Sequential(layer)
     fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (PROCESSES,)))
-    return net
+    FusedPrecision(**options).convert_module(net)
 
 
 def train_all(rank: int, folder: str, results: Any) -> None:
@@ -207,6 +234,7 @@ def train_all(rank: int, folder: str, results: Any) -> None:
         world_size=PROCESSES,
         timeout=datetime.timedelta(seconds=60),
     )
+    emulate_float8(setattr)
     try:
         for title, run in runs(Path(folder)):
             try:

@@ -158,8 +158,6 @@ def test_arguments_are_checked_and_aliased() -> None:
         FusedPrecision(memory_format="nhwc")
     with pytest.raises(ValueError, match=r"compile_kwargs must be empty where nothing is compiled, got \{'mode'"):
         FusedPrecision(compile_kwargs={"mode": "max-autotune"})
-    with pytest.raises(NotImplementedError, match="fp8 must be None, got 'rowwise': this"):
-        FusedPrecision(fp8="rowwise")
 
 
 def test_plugin_survives_pickling_after_a_fit() -> None:

@@ -25,15 +25,16 @@ from braze.lightning_ext import (
     PrefetchCallback,
     opt_in,
 )
+from braze.lightning_ext.opted_in import OptedIn
 
-from .lightning_net import WARNINGS, Net, assert_same_curve, batches, make_trainer, train
+from .lightning_net import WARNINGS, Net, SaveInTheMiddle, assert_same_curve, batches, make_trainer, train
 
 pytestmark = WARNINGS
 
 
 def ours(trainer: Any) -> list[type]:
     found = trainer.callbacks if isinstance(trainer, L.Trainer) else trainer._callbacks
-    return [type(callback) for callback in found if type(callback).__module__.startswith("braze.")]
+    return [type(callback) for one in found if isinstance(one, OptedIn) for callback in one.callbacks]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,8 @@ def test_every_trainer_and_fabric_gets_what_the_variable_names(
 
 def test_names_say_what_a_model_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(opt_in.VARIABLE, "channels_last,regional,prefetch")
-    fused, prefetch = opt_in.trainer_callbacks()
+    (opted_in,) = opt_in.trainer_callbacks()
+    fused, prefetch = opted_in.callbacks
     assert (fused.recipe.fuse, fused.recipe.memory_format, fused.recipe.compile) == ("off", "channels_last", "regional")
     assert prefetch.memory_format == "channels_last"
     monkeypatch.setenv(opt_in.VARIABLE, "fuse,speed")
@@ -97,6 +99,40 @@ def test_what_a_plugin_of_the_script_was_told_holds(monkeypatch: pytest.MonkeyPa
     body = Net().body
     L.Fabric(accelerator="cpu", devices=1, plugins=[FabricFusedPrecision(skip=["*.second"])]).setup(body)
     assert type(body[0].second) is nn.RMSNorm
+
+
+def test_what_a_callback_of_the_script_was_told_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(opt_in.VARIABLE, "fuse,prefetch,meters")
+    own = [FusedCallback(skip=["*.second"]), PrefetchCallback(depth=1)]
+    net, trainer = Net(), make_trainer("32-true", False, callbacks=own)
+    trainer.fit(net, batches())
+    assert type(net.body[0].second) is nn.RMSNorm
+    assert type(net.body[0].norm) is not nn.LayerNorm
+    assert [type(one) for one in trainer.callbacks if type(one).__module__.startswith("braze.")] == [
+        FusedCallback,
+        PrefetchCallback,
+        MetersCallback,
+    ]
+    body = Net().body
+    L.Fabric(accelerator="cpu", devices=1, callbacks=[own[0]]).setup(body)
+    assert type(body[0].second) is nn.RMSNorm
+    assert type(body[0].norm) is not nn.LayerNorm
+
+
+def test_a_checkpoint_resumes_with_and_without_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of an epoch, where the place in it is in the state of PrefetchCallback."""
+    curves = []
+    for saving, resuming in (("", ""), ("prefetch", ""), ("", "prefetch"), ("prefetch", "prefetch")):
+        own = {"prefetch": [], "": [PrefetchCallback()]}
+        monkeypatch.setenv(opt_in.VARIABLE, saving)
+        train("32-true", False, callbacks=[*own[saving], SaveInTheMiddle(tmp_path / "checkpoint")])
+        monkeypatch.setenv(opt_in.VARIABLE, resuming)
+        net = Net()
+        options = {"callbacks": list(own[resuming])}
+        make_trainer("32-true", False, **options).fit(net, batches(), ckpt_path=tmp_path / "checkpoint")
+        curves.append(net.losses)
+    assert curves == [curves[0]] * 4
+    assert len(curves[0]) == 20
 
 
 def test_flattened_parameters_are_refused() -> None:

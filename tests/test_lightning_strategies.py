@@ -119,6 +119,30 @@ def test_channels_last_with_fsdp2_is_refused(outcomes: Outcomes) -> None:
     assert "memory_format must be None for parameters sharded by fully_shard" in outcomes[0, "fsdp2 channels_last"]
 
 
+def test_averages_are_vanillas_on_two_devices(outcomes: Outcomes) -> None:
+    fused, vanilla, exact = (of(outcomes, f"averaged {kind}")["losses"] for kind in ("fused", "vanilla", "exact"))
+    assert_same_curve(fused, vanilla, exact)
+
+
+@pytest.mark.parametrize("name", ranks.PRECISIONS)
+def test_validation_and_predict_alone_run_fused_on_two_devices(outcomes: Outcomes, name: str) -> None:
+    titles = (f"{name} evaluated fused", f"{name} evaluated vanilla", "ddp evaluated exact")
+    for rank in range(ranks.PROCESSES):
+        (fused, ours), (vanilla, theirs), (exact, truth) = (of(outcomes, title, rank) for title in titles)
+        # A rounding step of the loss, and of the largest prediction, which either may be nearer by luck.
+        assert abs(fused - exact) <= 2 * (abs(vanilla - exact) + 2.0**-24 * exact)
+        step = 2.0**-24 * max(map(abs, truth))
+        assert distance(ours, truth) <= 2 * (distance(theirs, truth) + step)
+
+
+def test_float8_with_fsdp2_is_for_models_that_are_prepared(outcomes: Outcomes) -> None:
+    pytest.importorskip("torchao", reason="needs the extra braze[fp8]")
+    assert "call prepare_for_sharding(self) in configure_model" in outcomes[0, "fsdp2 float8 sharded"]
+    found = of(outcomes, "fsdp2 float8")
+    assert found["float8"] == 2
+    assert sum(found["losses"][6:]) < sum(found["losses"][:6]), "the second epoch is the first one's batches again"
+
+
 def test_fabric_trains_what_vanilla_trains(outcomes: Outcomes) -> None:
     fused, vanilla, exact = (of(outcomes, f"fabric {kind}")["losses"] for kind in ("fused", "vanilla", "exact"))
     assert_same_curve(fused, vanilla, exact)

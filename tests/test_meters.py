@@ -189,6 +189,15 @@ def test_chrome_trace_holds_the_steps(tmp_path: Path) -> None:
     assert steps == {"ProfilerStep#3", "ProfilerStep#4"}
 
 
+def test_a_run_too_short_for_a_trace_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for batches, said in ((1, "has 0 of 2 steps"), (4, "has 1 of 2 steps"), (5, "")):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            train(MetersCallback(2, folder=str(tmp_path), trace_steps=2), Net(), Data(), limit_train_batches=batches)
+        assert said in caplog.text
+        assert ("the trace has" in caplog.text) == bool(said)
+
+
 @pytest.mark.parametrize("fails_at", [0, 3])
 def test_nothing_is_left_behind_by_a_failure(fails_at: int) -> None:
     meters = MetersCallback()
