@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from braze.kernels import fuse
+from braze.kernels import fuse, unfuse
 
 
 def operators(report):
@@ -180,6 +180,42 @@ def test_the_cross_entropy_module_is_fused_and_takes_class_probabilities_too(wei
         torch.testing.assert_close(loss(x, target), plain(x, target))
 
 
+def test_class_probabilities_beside_a_class_to_ignore_stay_torchs():
+    loss, plain = (nn.CrossEntropyLoss(ignore_index=0) for _ in range(2))
+    assert operators(fuse(loss)) == ["cross_entropy"]
+    x, soft = torch.randn(6, 5), torch.rand(6, 5).softmax(-1)
+    for one in (loss, plain):
+        with pytest.raises(RuntimeError, match="ignore_index is not supported for floating point target"):
+            one(x, soft)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pos_weight": torch.rand(5) + 0.5, "reduction": "sum"},
+        {"weight": torch.rand(5), "pos_weight": torch.rand(5), "reduction": "none"},
+    ],
+    ids=["", "pos_weight", "both"],
+)
+def test_the_binary_cross_entropy_module_is_fused(options):
+    loss, plain = (nn.BCEWithLogitsLoss(**options) for _ in range(2))
+    assert operators(fuse(loss)) == ["binary_cross_entropy_with_logits"]
+    target = torch.rand(4, 5)
+    x = torch.randn(4, 5, requires_grad=True)
+    torch.testing.assert_close(loss(x, target), plain(x, target))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(own(x, target).sum(), x)[0] for own in (loss, plain)), rtol=1e-5, atol=1e-6
+    )
+    learned = target.clone().requires_grad_()
+    loss(x, learned).sum().backward()
+    assert learned.grad is not None, "torch's own loss has a gradient for its targets"
+    with pytest.raises(ValueError, match="Target size"):
+        loss(x, target[:, :4])
+    unfuse(loss)
+    assert type(loss) is nn.BCEWithLogitsLoss
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
@@ -194,6 +230,7 @@ def test_the_cross_entropy_module_is_fused_and_takes_class_probabilities_too(wei
         (Residual(), "something else"),
         (Bilinear(), "something else"),
         (Branching(), "bfloat16"),
+        (nn.BCEWithLogitsLoss(torch.rand(4, 5)), "one size of batch"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

@@ -1,7 +1,7 @@
-"""``nn.CrossEntropyLoss``, ``nn.Softmax``, and the next-token loss of a language model.
+"""``nn.CrossEntropyLoss``, ``nn.BCEWithLogitsLoss``, ``nn.Softmax``, and the next-token loss of a language model.
 
-The first two are recognised by their forward, which must be torch's own. The third is what a model's ``loss_function``
-property answers (as in Hugging Face models), recognised by what it computes.
+All but the last are recognised by their forward, which must be torch's own. The last is what a model's
+``loss_function`` property answers (as in Hugging Face models), recognised by what it computes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..ops.binary_cross_entropy import binary_cross_entropy_with_logits
 from ..ops.cross_entropy import cross_entropy
 from ..ops.softmax import softmax
 from .joint import Joint, takes
-from .sample import Draw, Sample
+from .sample import Draw, Refused, Sample
 from .savings import ELEMENT, Counted, Measure
 
 
@@ -38,12 +39,31 @@ class _Stateless(Joint):
         return cls()
 
 
+class _Loss(_Stateless):
+    """A loss of (input, target)."""
+
+    tables: ClassVar[int] = 1
+
+    def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
+        """Both with fixed targets: where a target has a gradient, the fused forward is torch's own."""
+        original, fused = super().trial(sample)
+        return _OfFixed(original), _OfFixed(fused)
+
+
+class _OfFixed(nn.Module):
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, input: Tensor, target: Tensor) -> Any:
+        return self.loss(input, target.detach())
+
+
 @dataclass(frozen=True)
-class CrossEntropy(_Stateless):
+class CrossEntropy(_Loss):
     """``nn.CrossEntropyLoss``."""
 
     hint: ClassVar[str] = "crossentropy"
-    tables: ClassVar[int] = 1
     operator: ClassVar[str] = "cross_entropy"  # type: ignore[misc]
     base: ClassVar[type[nn.Module]] = nn.CrossEntropyLoss
 
@@ -52,8 +72,9 @@ class CrossEntropy(_Stateless):
         own = original.forward  # type: ignore[attr-defined]
 
         def forward(self: nn.CrossEntropyLoss, input: Any, target: Any) -> Any:
-            if not takes(input) or target.is_floating_point():
-                return own(self, input, target)
+            soft = target.is_floating_point()
+            if not takes(input) or (soft and (target.requires_grad or self.ignore_index >= 0)):
+                return own(self, input, target)  # the operator has neither
             return cross_entropy(
                 input,
                 target,
@@ -71,13 +92,62 @@ class CrossEntropy(_Stateless):
         assert isinstance(module, nn.CrossEntropyLoss)
         classes = 11 if module.weight is None else len(module.weight)
         generator = sample.generator
-        target = torch.randint(0, classes, (7,), generator=generator).to(sample.device)
+        logits, target = (
+            sample.randn(7, classes),
+            torch.randint(0, classes, (7,), generator=generator).to(sample.device),
+        )
         target[3] = module.ignore_index
         image = torch.randint(0, classes, (3, 5), generator=generator).to(sample.device)
+        soft = [] if module.ignore_index >= 0 else [Draw("a soft", (logits, sample.randn(7, classes).softmax(1)))]
         return [
-            Draw("an ordinary", (sample.randn(7, classes), target)),
+            Draw("an ordinary", (logits, target)),
             Draw("a large", (30.0 * sample.randn(7, classes), target)),
             Draw("a three-dimensional", (sample.randn(3, classes, 5), image)),
+            *soft,
+        ]
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy(_Loss):
+    """``nn.BCEWithLogitsLoss``."""
+
+    hint: ClassVar[str] = "bcewithlogits"
+    operator: ClassVar[str] = "binary_cross_entropy_with_logits"  # type: ignore[misc]
+    base: ClassVar[type[nn.Module]] = nn.BCEWithLogitsLoss
+
+    @classmethod
+    def recognise(cls, sample: Sample) -> Joint | None:
+        """Weights of classes, and not of the elements of one batch, whose size could not be varied."""
+        loss: Any = sample.source
+        weights: tuple[Tensor | None, ...] = (loss.weight, loss.pos_weight)
+        if any(w is not None and w.dim() > 1 and w.shape[0] > 1 for w in weights):
+            raise Refused("its weights are for one size of batch only")
+        return cls()
+
+    def members(self, original: type) -> dict[str, Any]:
+        """A forward that runs the fused operator."""
+        own = original.forward  # type: ignore[attr-defined]
+
+        def forward(self: nn.BCEWithLogitsLoss, input: Any, target: Any) -> Any:
+            fixed = not any(t is not None and t.requires_grad for t in (target, self.weight, self.pos_weight))
+            if not (takes(input) and takes(target) and target.shape == input.shape and fixed):
+                return own(self, input, target)
+            return binary_cross_entropy_with_logits(
+                input, target, self.weight, self.pos_weight, reduction=self.reduction
+            )
+
+        return {"forward": forward}
+
+    def draws(self, sample: Sample) -> list[Draw]:
+        """Logits of a few scales, in a shape that the weights fit."""
+        module = sample.module
+        assert isinstance(module, nn.BCEWithLogitsLoss)
+        shape = torch.broadcast_shapes(*(t.shape for t in (module.weight, module.pos_weight) if t is not None), (7, 1))
+        logits, target = sample.randn(*shape), sample.randn(*shape).sigmoid()
+        return [
+            Draw("an ordinary", (logits, target)),
+            Draw("a large", (30.0 * logits, target)),
+            Draw("a decided", (logits, target.round())),
         ]
 
 

@@ -14,7 +14,7 @@ from .folded import fold_of
 from .gated_mlp import GatedMLP
 from .heads import OutputHead
 from .joint import Fusion, Joint, as_original, fused_class, fusion
-from .losses import CausalLoss, CrossEntropy, SoftmaxModule
+from .losses import BinaryCrossEntropy, CausalLoss, CrossEntropy, SoftmaxModule
 from .norms import Norm
 from .rewritten import Verdict, examine, joined, sites
 from .rotary import Rotary
@@ -29,6 +29,7 @@ JOINTS: tuple[type[Joint], ...] = (
     GatedMLP,
     Rotary,
     CrossEntropy,
+    BinaryCrossEntropy,
     SoftmaxModule,
     CausalLoss,
     OutputHead,
