@@ -49,26 +49,35 @@ def _forward(
     threshold: int = 0,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(y, h, the means of the rows of h or None, their 1/√(…))."""
+    """(y, h, the means of the rows of h or None, their sums of squares about them)."""
     h = x
     if residual is not None:
         branch = _branch(x, gate, seed, threshold, scale)
         h = (branch + residual).to(torch.promote_types(x.dtype, residual.dtype))
     n = h.to(torch.promote_types(h.dtype, torch.float32))
-    mean, rstd = statistics(n, eps=eps, center=center)
-    y = (n if mean is None else n - mean) * rstd
+    mean, squares = _moments(n, center)
+    y = (n if mean is None else n - mean) * _rstd(squares, n, eps)
     if weight is not None:
         y = y * (weight.to(n.dtype) + weight_offset)
     if bias is not None:
         y = y + bias.to(n.dtype)
-    return y.to(x.dtype), h, mean, rstd
+    return y.to(x.dtype), h, mean, squares
 
 
 def statistics(n: Tensor, *, eps: float, center: bool) -> tuple[Tensor | None, Tensor]:
     """The means of rows of float32 or wider, None if they are not centred, and their 1/√(…)."""
+    mean, squares = _moments(n, center)
+    return mean, _rstd(squares, n, eps)
+
+
+def _moments(n: Tensor, center: bool) -> tuple[Tensor | None, Tensor]:
     mean = n.mean(-1, keepdim=True) if center else None
     centred = n if mean is None else n - mean
-    return mean, torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return mean, centred.square().sum(-1, keepdim=True)
+
+
+def _rstd(squares: Tensor, n: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(squares / n.shape[-1] + eps)
 
 
 def _branch(x: Tensor, gate: Tensor | None, seed: Tensor | None, threshold: int, scale: float) -> Tensor:
@@ -95,14 +104,20 @@ def _compiled_forward(x: Tensor, residual: Tensor | None, *others: Tensor | None
         # ATen's kernel reads a row once for both its moments; in other dtypes compiled code is faster.
         h = x if residual is None else x + residual
         y, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], weight, bias, options["eps"])
+        squares = None
     else:
-        y, h, mean, rstd = compiled_call(_forward, (x, residual, *others), options)
-    saved = (x if residual is None else h, weight, bias, mean, rstd, None if gate is None else x, gate, seed)
+        # The sum as it is, and not 1/√(…) of it: that would be a loop of its own, after which rows are read once more.
+        y, h, mean, squares = compiled_call(_forward, (x, residual, *others), options)
+        rstd = None
+    saved = (x if residual is None else h, weight, bias, mean, rstd, None if gate is None else x, gate, seed, squares)
     return (y if residual is None else (y, h)), saved
 
 
 def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
     dy, dh_out = grads if len(grads) == 2 else (*grads, None)
+    *saved, squares = saved
+    if squares is not None:
+        saved[4] = _rstd(squares, saved[0], options["eps"])
     dx, dh, *dshared = compiled_call(gradients, (dy, dh_out, *saved), {"needs": needs[:5], **options})
     return (dh if dx is None else dx), dh, *dshared, None
 
@@ -165,7 +180,7 @@ def triton(*tensors: Tensor | None, **options: Any) -> Any:
 
 
 def _second(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
-    h, _, _, _, _, x, gate, seed = saved
+    h, x, gate, seed = saved[0], *saved[5:8]
     threshold, scale = options.pop("threshold", 0), options.pop("scale", 1.0)
     dh, dweight, dbias = vjp(reference)([grads[0].to(h.dtype)], saved, (True, *needs[2:4]), **options)
     assert dh is not None
