@@ -24,20 +24,28 @@ from .channel_norm import channels_last, check, draw_images, per_channel
 
 def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
     """LayerNorm over dim 1 in plain PyTorch: float32 (or wider) inside, the result in the dtype of ``x``."""
-    y, _ = _normed(x, eps)
+    return _scaled(x, weight, bias, *_statistics(*_sums(x), C=x.shape[1], eps=eps))
+
+
+def _sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of each pixel, and its sum of squares about the mean."""
+    n = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = n.sum(1, keepdim=True)
+    return total, (n - total / x.shape[1]).square().sum(1, keepdim=True)
+
+
+def _statistics(total: Tensor, squares: Tensor, *, C: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The mean of each pixel, and its 1/√(var + ε)."""
+    return total / C, torch.rsqrt(squares / C + eps)
+
+
+def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    y = (x.to(rstd.dtype) - mean) * rstd
     if weight is not None:
         y = y * per_channel(weight, y)
     if bias is not None:
         y = y + per_channel(bias, y)
     return y.to(x.dtype)
-
-
-def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x without its mean and with variance 1, and 1/√(var + ε)."""
-    n = x.to(torch.promote_types(x.dtype, torch.float32))
-    n = n - n.mean(1, keepdim=True)
-    rstd = torch.rsqrt(n.square().mean(1, keepdim=True) + eps)
-    return n * rstd, rstd
 
 
 def layer_norm_2d(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
@@ -93,22 +101,35 @@ def _triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float
 def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
     if channels_last(x):
         return _rows(row_norm.compiled, x, weight, bias, eps)
-    return fused(_compiled_forward, _compiled_backward, vjp(reference), (x, weight, bias), {"eps": eps})
+    return fused(_compiled_forward, _compiled_backward, _second, (x, weight, bias), {"eps": eps})
 
 
 def _compiled_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
-    return compiled_call(reference, (x, weight, bias), options), (x, weight, bias)
+    # Not one call: that would work 1/√(…) out again for every element.
+    saved = (x, weight, bias, *_statistics(*compiled_call(_sums, (x,), {}), C=x.shape[1], **options))
+    return compiled_call(_scaled, saved, {}), saved
 
 
-def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
-    return compiled_call(_gradients, (*grads, *saved), {"needs": tuple(needs), **options})
+def _compiled_backward(grads: Any, saved: Any, needs: Any, *, eps: float) -> Gradients:
+    return compiled_call(_gradients, (*grads, *saved), {"needs": tuple(needs)})
+
+
+def _second(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
+    return vjp(reference)(grads, saved[:3], needs, **options)
 
 
 def _gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, needs: tuple[bool, bool, bool], eps: float
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    needs: tuple[bool, bool, bool],
 ) -> Gradients:
     """The gradients in closed form; sums over pixels in two levels, an image at a time, for their rounding error."""
-    n, rstd = _normed(x, eps)
+    n = (x.to(rstd.dtype) - mean) * rstd
     g = dy.to(n.dtype)
     dweight = (g * n).flatten(2).sum(-1).sum(0).to(weight.dtype) if weight is not None and needs[1] else None
     dbias = g.flatten(2).sum(-1).sum(0).to(bias.dtype) if bias is not None and needs[2] else None

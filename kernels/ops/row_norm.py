@@ -180,7 +180,7 @@ def triton(*tensors: Tensor | None, **options: Any) -> Any:
 
 
 def _second(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
-    h, x, gate, seed = saved[0], *saved[5:8]
+    h, _, _, _, _, x, gate, seed, *_ = saved
     threshold, scale = options.pop("threshold", 0), options.pop("scale", 1.0)
     dh, dweight, dbias = vjp(reference)([grads[0].to(h.dtype)], saved, (True, *needs[2:4]), **options)
     assert dh is not None
