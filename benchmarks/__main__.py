@@ -11,6 +11,9 @@ from typing import Any
 
 from . import records
 
+#: These measure nothing themselves, and have no use for ``--quick`` and ``--json``.
+WITHOUT_MEASURING = ("report",)
+
 #: A command is the module of the same name; it offers ``add_arguments(parser)`` and ``run(arguments) -> records``.
 COMMANDS = {
     "kernels": "judge every Triton kernel with no GPU: bytes moved, registers, spills, access width",
@@ -23,6 +26,7 @@ COMMANDS = {
     "audit": "which torchvision and timm models keep channels_last, which lose it, and where",
     "channels_last": "time a training step of convolutional models, channels_last against contiguous",
     "zoo": "fuse every kind of model, against an independent count of its joints",
+    "report": "one HTML page and a Markdown summary from the files that --json wrote",
     "demo": "train real models under Lightning, vanilla and fused, side by side",
 }
 
@@ -44,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = words[0]
     command = _load(name)
     parser = argparse.ArgumentParser(f"{program} {name}", description=COMMANDS[name])
-    parser.add_argument("--quick", action="store_true", help="small sizes and few repeats: under a minute or so")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here, as flat records")
+    if name in WITHOUT_MEASURING:
+        parser.set_defaults(json=None)
+    else:
+        parser.add_argument("--quick", action="store_true", help="small sizes and few repeats: under a minute or so")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here, as flat records")
     command.add_arguments(parser)
     arguments = parser.parse_args(words[1:])
     if arguments.json and not arguments.json.absolute().parent.is_dir():
