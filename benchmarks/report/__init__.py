@@ -1,7 +1,7 @@
 """``python -m braze.benchmarks report``: one HTML page and a Markdown summary from the files that ``--json`` wrote.
 
-The page needs nothing but itself: no network, no other file. Both say where braze is not faster before they say anything
-else but the headline, which machine and commit every figure is of, and what has not been measured.
+The page needs nothing but itself: no network, no other file. After the headline both say where braze is not faster,
+then all else; which machine and commit every figure is of; and what has not been measured.
 """
 
 from __future__ import annotations

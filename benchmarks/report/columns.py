@@ -58,10 +58,10 @@ class Column:
     def text(self, record: Record) -> str:
         """The cell as it is read; empty where the record has no such field."""
         value = record.get(self.field)
-        if not _is_number(value):
+        if value is None or not _is_number(value):
             return _words(value)
-        ends = [record.get(name) for name in self.ends or ()]
-        interval = f" ({' … '.join(self.number(end) for end in ends)})" if ends and all(map(_is_number, ends)) else ""
+        ends = [end for name in self.ends or () if _is_number(end := record.get(name)) and end is not None]
+        interval = f" ({' … '.join(map(self.number, ends))})" if len(ends) == 2 else ""
         return self.number(value) + interval
 
     def key(self, record: Record) -> float | str | None:

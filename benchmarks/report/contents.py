@@ -10,7 +10,7 @@ from . import comparisons as compared
 from .columns import Column, present
 from .comparisons import Comparison, Standing
 from .figures import Figure, grouped
-from .results import ResultFile, age
+from .results import Age, ResultFile, age
 from .sections import NOT_SHOWN, Section, sections
 from .summaries import Means, operator_means
 
@@ -23,6 +23,7 @@ class OnMachine:
     columns: list[Column]
     rows: list[Record]
     figures: list[Figure]
+    note: str = ""
     means: Means = field(default_factory=dict)
 
 
@@ -43,7 +44,7 @@ class FileLine:
     records: list[Record]
     date: str
     commit: str
-    age: str
+    age: Age
     environment: str
 
 
@@ -65,7 +66,8 @@ class Contents:
 def gather(files: Sequence[ResultFile], advance: Callable[[str], object] = lambda title: None) -> Contents:
     """Work everything out, the plots too, which take the time; ``advance`` is told which section is next."""
     records = [record for one in files for record in one.records]
-    found = compared.comparisons(records)
+    order = [section.benchmark for section in sections(records)]
+    found = sorted(compared.comparisons(records), key=lambda one: order.index(one.benchmark))
     slower, same, wrong = compared.slower(found), compared.same(found), compared.refused(records)
     parts = []
     for section in sections(records):
@@ -83,15 +85,17 @@ def gather(files: Sequence[ResultFile], advance: Callable[[str], object] = lambd
 def _on_machine(section: Section, machine: str, records: list[Record]) -> OnMachine:
     rows = section.rows(records)
     means = operator_means(compared.comparisons(records)) if section.benchmark == "ops" else {}
-    return OnMachine(machine, present(section.columns, rows, NOT_SHOWN), rows, section.draw(records), means)
+    return OnMachine(
+        machine, present(section.columns, rows, NOT_SHOWN), rows, section.draw(records), section.note(records), means
+    )
 
 
 def _introduction(lines: Sequence[FileLine]) -> str:
-    old = sum(line.age != "HEAD" for line in lines)
     if not lines:
         return "There are no results yet."
-    stale = "all at HEAD" if not old else f"{old} of {len(lines)} not of the code at HEAD: see Files"
-    return f"{sum(len(line.records) for line in lines):,} records, {stale}."
+    old = sum(len(line.records) for line in lines if line.age.stale)
+    total = sum(len(line.records) for line in lines)
+    return f"{total:,} records, {old:,} of them of older code than HEAD's" + (" (see Files)." if old else ".")
 
 
 def _machines(files: Sequence[ResultFile]) -> list[tuple[str, str]]:
@@ -125,10 +129,12 @@ def _lines(file: ResultFile) -> list[FileLine]:
     if environment.get("cores"):
         facts.insert(1, f"{environment['cores']} cores")
     groups = {
-        commit: [r for r in file.records if str(r.get("commit", own) or "unknown") == commit] for commit in file.commits()
+        commit: [r for r in file.records if str(r.get("commit", own) or "unknown") == commit]
+        for commit in file.commits()
     }
+    date = str(environment.get("date", "unknown")).replace("T", " ")[:16]
     return [
-        FileLine(file.name, file.command, held, str(environment.get("date", "unknown")), commit,
-                 "unknown" if commit == "unknown" else age(commit), ", ".join(map(str, facts)))
+        FileLine(file.name, file.command, held, date, commit,
+                 age(commit), ", ".join(map(str, facts)))
         for commit, held in groups.items()
     ]  # fmt: skip

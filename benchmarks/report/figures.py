@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from ..records import Record
 from . import svg
-from .columns import MIB, plain
-from .comparisons import CASE_FIELDS, Comparison, case, comparisons, finite, geometric_mean
+from .columns import MIB, exponent, plain
+from .comparisons import Comparison, comparisons, finite, geometric_mean
 
 #: The least error drawn, a hundredth of float32's rounding step: an error of zero has no place on a logarithmic scale.
 NO_ERROR = 1e-9
@@ -60,7 +60,8 @@ def means(records: Sequence[Record]) -> list[Figure]:
                 _dot(axes, geometric_mean(r["ratio"] for r in ratios), ops.index(op), provider)
             _rows(axes, ops)
             _ratios(axes, which)
-        return [_finished(canvas, "Time ÷ braze's, geometric mean of each operator", _providers(records), wide=True)]
+        providers = _providers(r for own in passes.values() for r in own)
+        return [_finished(canvas, "Time ÷ braze's, geometric mean of each operator", providers, wide=True)]
 
 
 def errors(records: Sequence[Record]) -> list[Figure]:
@@ -83,6 +84,7 @@ def errors(records: Sequence[Record]) -> list[Figure]:
                     _dot(axes, min(max(error, NO_ERROR), 10.0), ops.index(op), provider)
             _rows(axes, ops)
             axes.set(xscale="log", title=dtype, xlabel="largest error against float64 ÷ largest entry")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: exponent(value)))
         return [_finished(canvas, "Largest error of each operator", _providers(records), wide=True)]
 
 
@@ -102,7 +104,7 @@ def memory(records: Sequence[Record]) -> list[Figure]:
                 _dot(axes, peak, ops.index(op), provider)
             _rows(axes, ops)
             axes.set(xscale="log", title=which, xlabel="peak bytes allocated ÷ least bytes moved")
-            _plain_logarithm(axes.xaxis)
+            _plain_logarithm(axes, "x")
         return [_finished(canvas, "Peak memory of each operator", _providers(usable), wide=True)]
 
 
@@ -122,8 +124,8 @@ def speed(op: str, records: Sequence[Record]) -> Figure:
             for axes, which in zip(row, passes, strict=True):
                 _speeds(axes, panels.get((dtype, which), []))
                 axes.set(xscale="log", yscale="log", title=", ".join(filter(None, (which, dtype))))
-        for axis in (grid[0][0].xaxis, grid[0][0].yaxis):
-            _plain_logarithm(axis)
+        for direction in "xy":
+            _plain_logarithm(grid[0][0], direction)
         canvas.supxlabel("least MiB moved", fontsize=10)
         canvas.supylabel("GB/s", fontsize=10)
         return _finished(canvas, f"{op}: speed against size", _providers(records), ceiling="what a copy reaches")
@@ -177,8 +179,8 @@ def _growth(key: tuple[str, ...], records: Sequence[Record]) -> Figure:
         for axes, what in ((times, "milliseconds"), (peaks, "peak memory, MiB")):
             axes.set(xscale="log", yscale="log", xlabel=axis, title=what)
             axes.grid(alpha=0.6)
-            for direction in (axes.xaxis, axes.yaxis):
-                _plain_logarithm(direction)
+            for direction in "xy":
+                _plain_logarithm(axes, direction)
         title = ", ".join(filter(None, (key[0], key[2], key[3]))) + f": against {axis}"
         return _finished(canvas, title, _providers(records), ceiling="least bytes, at the speed of a copy")
 
@@ -201,11 +203,13 @@ def intervals(records: Sequence[Record]) -> list[Figure]:
     rows = list(dict.fromkeys(one.case for one in found))[::-1]
     providers = list(dict.fromkeys(one.provider for one in found))
     with svg.style():
-        canvas = Canvas(figsize=(9, 1.5 + (0.16 + 0.14 * len(providers)) * len(rows)), layout="constrained")
+        beside = {row: [one.provider for one in found if one.case == row] for row in rows}
+        most = max(map(len, beside.values()))
+        canvas = Canvas(figsize=(9, 1.5 + (0.16 + 0.12 * most) * len(rows)), layout="constrained")
         axes = canvas.subplots()
         for one in found:
-            shift = 0.5 * ((providers.index(one.provider) + 1) / (len(providers) + 1) - 0.5)
-            _interval(axes, one, rows.index(one.case) - shift)
+            place = beside[one.case].index(one.provider) - (len(beside[one.case]) - 1) / 2
+            _interval(axes, one, rows.index(one.case) - 0.7 * place / most)
         _rows(axes, rows)
         _ratios(axes, "")
         title = "Time ÷ braze's, with its 95 % interval"
@@ -232,7 +236,7 @@ def bars(records: Sequence[Record], *fields: str, title: str) -> list[Figure]:
             _dot(axes, r["peak_bytes"] / MIB, y, str(r.get("provider", "")))
         _rows(axes, rows)
         axes.set(xscale="log", xlabel="MiB")
-        _plain_logarithm(axes.xaxis)
+        _plain_logarithm(axes, "x")
         return [_finished(canvas, title, _providers(usable), wide=True)]
 
 
@@ -297,13 +301,17 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
 def _ratios(axes: Axes, title: str) -> None:
     axes.set(xscale="log", title=title, xlabel="slower   ←   time ÷ braze's   →   braze is faster")
     axes.axvline(1, color=svg.TEXT, linewidth=1)
-    _plain_logarithm(axes.xaxis)
+    _plain_logarithm(axes, "x")
 
 
-def _plain_logarithm(axis: Any) -> None:
-    low, high = axis.get_view_interval()
-    narrow = low > 0 and high / low < 30
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if narrow else (1,), numticks=12))
+def _plain_logarithm(axes: Axes, direction: str) -> None:
+    """Ticks written out, as many as make a range readable: a decade may be wider than all that is drawn."""
+    (low, high), axis = (axes.get_xlim(), axes.xaxis) if direction == "x" else (axes.get_ylim(), axes.yaxis)
+    if high / low < 4:
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high / low < 200 else (1,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
     axis.set_minor_formatter(NullFormatter())
 
@@ -317,5 +325,8 @@ def _finished(canvas: Canvas, title: str, providers: Sequence[str], ceiling: str
     if ceiling:
         handles.append(_handle(svg.TEXT, "", ceiling, linestyle="--", linewidth=1.2))
     if handles:
-        canvas.legend(handles=handles, loc="outside upper left", ncols=max(2, int(canvas.get_figwidth() / 1.8)))
+        # A letter is about 0.08 inch wide, a marker with its margins 0.6.
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        columns = max(1, int(canvas.get_figwidth() / (0.08 * longest + 0.6)))
+        canvas.legend(handles=handles, loc="outside upper left", ncols=columns)
     return Figure(title, svg.of(canvas, title), wide)

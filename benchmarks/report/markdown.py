@@ -16,11 +16,12 @@ def render(contents: Contents) -> str:
     """The whole summary."""
     parts = ["# braze: benchmarks", contents.introduction]
     parts.append("\n".join(f"- **{machine}**: {what}" for machine, what in contents.machines))
-    parts += ["## Headline", "Time of the other ÷ time of braze: above 1, braze is faster.", headline(contents.standings)]
+    meaning = "Time of the other ÷ time of braze: above 1, braze is faster."
+    parts += ["## Headline", meaning, headline(contents.standings)]
     parts += ["## Where braze is not faster", contents.not_faster]
     if contents.refused:
-        rows = ((r.get("op", ""), r.get("shape", ""), r.get("pass", ""), r.get("status", "")) for r in contents.refused)
-        parts.append(table(("op", "shape", "pass", "wrong result"), rows))
+        wrong = ([r.get(name, "") for name in ("op", "shape", "pass", "status")] for r in contents.refused)
+        parts.append(table(("op", "shape", "pass", "wrong result"), wrong))
     if contents.slower:
         parts.append(_comparisons(contents.slower))
     for part in contents.parts:
@@ -34,11 +35,11 @@ def render(contents: Contents) -> str:
 def headline(standings: Iterable[Standing]) -> str:
     """How each provider stands against braze."""
     rows = [
-        (one.machine, one.benchmark, one.provider, f"{one.mean:.2f}", one.counts[FASTER],
-         one.counts[SAME] + one.counts[UNKNOWN], one.counts[SLOWER])
+        (one.benchmark, one.provider, f"{one.mean:.2f}", one.counts[FASTER],
+         one.counts[SAME] + one.counts[UNKNOWN], one.counts[SLOWER], one.machine)
         for one in standings
     ]  # fmt: skip
-    return table(("machine", "benchmark", "against", "geometric mean", "faster", "same", "slower"), rows)
+    return table(("benchmark", "against", "geometric mean", "faster", "same", "slower", "machine"), rows)
 
 
 def means_table(means: Means) -> str:
@@ -84,4 +85,4 @@ def _on_machine(one: OnMachine) -> list[str]:
         body = table(heads, ([column.text(row) for column in one.columns] for row in one.rows))
     else:
         body = f"{len(one.rows):,} rows: on the page of `python -m braze.benchmarks report --html FILE`."
-    return [f"### {one.machine}", body]
+    return [f"### {one.machine}", one.note, body]

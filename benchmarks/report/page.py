@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 
 from ..records import Record
@@ -16,6 +16,8 @@ from .sections import NOT_SHOWN
 
 #: A table of more rows starts closed and has a field to search it.
 MANY = 20
+#: Letters of a cell that is not broken into lines.
+LONG = 48
 
 
 def render(contents: Contents) -> str:
@@ -77,24 +79,18 @@ def _headline(contents: Contents) -> str:
     else:
         body = "<p>Time of the other ÷ time of braze: above 1, braze is faster. Counted by the 95 % interval.</p>"
         body += _table(
-            ("machine", "benchmark", "against", "geometric mean", "cases", "faster", "same", "slower", ""),
-            (_standing(one) for one in contents.standings),
+            ("benchmark", "against", "geometric mean", "cases", "faster", "same", "slower", "", "machine"),
+            [_standing(one) for one in contents.standings],
         )
     return f'<section id="headline"><h2>Headline</h2>{body}</section>'
 
 
-def _standing(one: Standing) -> str:
-    counts, total = one.counts, sum(one.counts.values())
-    cells = (
-        _word(one.machine) + _word(one.benchmark) + _provider(one.provider) + _number(one.mean, f"{one.mean:.2f}")
-        + _number(total) + _number(counts[FASTER]) + _number(counts[SAME] + counts[UNKNOWN]) + _number(counts[SLOWER])
-    )  # fmt: skip
-    shares = "".join(
-        f'<i class="{name}" style="flex-grow: {count}"></i>'
-        for name, count in ((FASTER, counts[FASTER]), (SAME, counts[SAME] + counts[UNKNOWN]), (SLOWER, counts[SLOWER]))
-        if count
-    )
-    return f'<tr>{cells}<td><span class="share">{shares}</span></td></tr>'
+def _standing(one: Standing) -> list[str]:
+    counts = {FASTER: one.counts[FASTER], SAME: one.counts[SAME] + one.counts[UNKNOWN], SLOWER: one.counts[SLOWER]}
+    shares = "".join(f'<i class="{name}" style="flex-grow: {count}"></i>' for name, count in counts.items() if count)
+    figures = [_number(one.mean, f"{one.mean:.2f}"), _number(sum(counts.values())), *map(_number, counts.values())]
+    share = f'<td><span class="share">{shares}</span></td>'
+    return [_word(one.benchmark), _provider(one.provider), *figures, share, _word(one.machine)]
 
 
 def _slower(contents: Contents) -> str:
@@ -117,10 +113,9 @@ def _comparisons(title: str, found: Sequence[Comparison], *, open_: bool) -> str
     rows = []
     for one in found:
         interval = "" if one.low is None or one.high is None else f"{one.low:.2f} … {one.high:.2f}"
-        rows.append(
-            f"<tr>{_word(one.benchmark)}{_word(one.case)}{_provider(one.provider)}{_number(one.ratio, f'{one.ratio:.2f}')}"
-            f"{_word(interval)}{_word(one.machine)}</tr>"
-        )
+        ratio = _number(one.ratio, f"{one.ratio:.2f}")
+        whom = _provider(one.provider)
+        rows.append([_word(one.benchmark), _word(one.case), whom, ratio, _word(interval), _word(one.machine)])
     heads = ("benchmark", "case", "against", "time ÷ braze's", "95 % interval", "machine")
     return _folded(title, _table(heads, rows), len(rows), open_)
 
@@ -134,9 +129,10 @@ def _part(part: Part) -> str:
         return f'{opening}{meaning}<p class="missing">Not measured yet: {command}</p></section>'
     body = "".join(
         f"<h3>{html.escape(one.machine)}</h3>"
+        + (f"<p>{html.escape(one.note)}</p>" if one.note else "")
         + _means(one.means)
         + f'<div class="figures">{"".join(map(_figure, one.figures))}</div>'
-        + _records("Every figure", one.columns, one.rows, open_=len(one.rows) <= MANY)
+        + _records("Every record", one.columns, one.rows, open_=len(one.rows) <= MANY)
         for one in part.machines
     )
     return f"{opening}{meaning}<p>{command}</p>{body}</section>"
@@ -146,10 +142,7 @@ def _means(means: dict[str, dict[tuple[str, str], float]]) -> str:
     if not means:
         return ""
     columns = list(dict.fromkeys(column for row in means.values() for column in row))
-    rows = (
-        f"<tr>{_word(op)}" + "".join(_ratio(row.get(column)) for column in columns) + "</tr>"
-        for op, row in means.items()
-    )
+    rows = [[_word(op), *(_ratio(row.get(column)) for column in columns)] for op, row in means.items()]
     heads = ("op", *(f"{provider}, {which}" for provider, which in columns))
     table = _table(heads, rows)
     return _folded("Geometric means by operator: time ÷ braze's", table, len(means), True)
@@ -168,10 +161,7 @@ def _figure(figure: Figure) -> str:
 
 
 def _records(title: str, columns: Sequence[Column], records: Sequence[Record], *, open_: bool) -> str:
-    rows = (
-        f"<tr>{''.join(_cell(column, record) for column in columns)}</tr>"
-        for record in records
-    )  # fmt: skip
+    rows = [[_cell(column, record) for column in columns] for record in records]
     return _folded(title, _table([column.header for column in columns], rows), len(records), open_)
 
 
@@ -182,33 +172,43 @@ def _cell(column: Column, record: Record) -> str:
     if isinstance(key, int | float):
         return _number(key, text)
     alarm = ' class="alarm"' if column.field == "status" and text != "ok" else ""
-    return f"<td{alarm}>{html.escape(text)}</td>"
+    return f"<td{alarm}>{html.escape(text)}</td>" if alarm else _word(text)
 
 
 def _files(contents: Contents) -> str:
-    rows = (
-        f"<tr>{_word(one.name)}{_word(one.command)}{_number(len(one.records))}{_word(one.date)}{_word(one.commit)}"
-        f"{_word(one.age)}{_word(one.environment)}</tr>"
+    rows = [
+        [_word(one.name), _word(one.command), _number(len(one.records)), _word(one.date), _word(one.commit),
+         _word(one.age.words), _word(one.environment)]
         for one in contents.files
-    )
+    ]  # fmt: skip
     heads = ("file", "benchmark", "records", "date", "commit", "age", "machine and versions")
     return f'<section id="files"><h2>Files</h2>{_table(heads, rows)}</section>'
 
 
 def _folded(title: str, table: str, rows: int, open_: bool) -> str:
     search = '<input type="search" placeholder="rows with …" aria-label="show only rows with">' if rows > MANY else ""
-    summary = f'<summary>{html.escape(title)} <span class="count">{rows:,} row{"" if rows == 1 else "s"}</span></summary>'
+    count = f'<span class="count">{rows:,} row{"" if rows == 1 else "s"}</span>'
+    summary = f"<summary>{html.escape(title)} {count}</summary>"
     return f"<details{' open' if open_ else ''}>{summary}{search}{table}</details>"
 
 
-def _table(heads: Iterable[str], rows: Iterable[str]) -> str:
-    head = "".join(f'<th scope="col"><button type="button">{html.escape(name)}</button></th>' if name else "<th></th>"
-                   for name in heads)  # fmt: skip
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    numbers = {place for row in rows for place, cell in enumerate(row) if cell.startswith("<td data-value")}
+    head = "".join(_head(name, place in numbers) for place, name in enumerate(heads))
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _head(name: str, number: bool) -> str:
+    kind = ' class="number"' if number else ""
+    button = f'<button type="button">{html.escape(name)}</button>' if name else ""
+    return f'<th scope="col"{kind}>{button}</th>'
 
 
 def _word(text: object) -> str:
-    return f"<td>{html.escape(str(text))}</td>"
+    words = str(text)
+    kind = ' class="long"' if len(words) > LONG else ""
+    return f"<td{kind}>{html.escape(words)}</td>"
 
 
 def _number(value: float, text: str | None = None) -> str:
@@ -216,4 +216,5 @@ def _number(value: float, text: str | None = None) -> str:
 
 
 def _provider(name: str) -> str:
-    return f'<td><span class="provider" style="--series: var(--series-{svg.series(name)})">{html.escape(name)}</span></td>'
+    color = f"--series: var(--series-{svg.series(name)})"
+    return f'<td><span class="provider" style="{color}">{html.escape(name)}</span></td>'

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..records import Record
 
@@ -76,16 +76,26 @@ def machine(record: Record, environment: dict[str, Any]) -> str:
     return f"CPU: {processor}, {threads} thread{'' if threads == 1 else 's'}, {torch}"
 
 
-def age(commit: str) -> str:
+class Age(NamedTuple):
+    """How old a commit is, in words, and whether the code has changed since."""
+
+    words: str
+    stale: bool
+
+
+def age(commit: str) -> Age:
     """How many commits lie between this one and HEAD, and how many of them change what was measured."""
+    if commit == "unknown":
+        return Age("unknown", True)
     name = commit.removesuffix("-dirty")
     dirty = ", with changes that were not committed" if commit != name else ""
     since = _count(name)
     if since is None:
-        return f"not in this history{dirty}"
+        return Age(f"not in this history{dirty}", True)
     if since == 0:
-        return f"HEAD{dirty}"
-    return f"older than HEAD: {since} commits since, {_count(name, *CODE)} of them to code{dirty}"
+        return Age(f"HEAD{dirty}", bool(dirty))
+    changes = _count(name, *CODE)
+    return Age(f"older than HEAD: {since} commits since, {changes} of them to code{dirty}", bool(changes or dirty))
 
 
 def _count(commit: str, *paths: str) -> int | None:

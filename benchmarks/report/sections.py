@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..records import Record
 from . import figures
 from .columns import Column, exponent, hundredths, mebibytes, milliseconds, thousandths
-from .summaries import kernels_table
+from .summaries import audit_totals, kernels_table, zoo_totals
 
 #: In the headings of the page, or of no use to a reader.
 NOT_SHOWN = ("benchmark", "machine", "device", "threads", "measure")
@@ -28,6 +28,10 @@ def _all(records: Sequence[Record]) -> list[Record]:
     return list(records)
 
 
+def _nothing(records: Sequence[Record]) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Section:
     """One benchmark on the page."""
@@ -40,6 +44,8 @@ class Section:
     draw: Callable[[Sequence[Record]], list[figures.Figure]] = figures.none
     #: The rows of its table.
     rows: Callable[[Sequence[Record]], list[Record]] = _all
+    #: What its records come to, in a sentence.
+    note: Callable[[Sequence[Record]], str] = _nothing
 
     @property
     def command(self) -> str:
@@ -61,16 +67,16 @@ SECTIONS = (
             "Every operator against the plain PyTorch call, torch.compile of it, and other libraries where they are "
             "installed; errors are the largest against float64, relative to the largest entry.",
             OPS, figures.operators),
-    Section("models", "Models, end to end",
+    Section("models", "Models",
             "A training step, or inference, of whole models.",
             (MODEL, PASS, PROVIDER, MS, RATIO, PEAK, Column("loss", "final loss")), figures.models),
     Section("scaling", "Scaling",
             "How time and memory grow with one size; dashed is the floor: the least bytes at the speed of a copy.",
             (OP, PASS, DTYPE, Column("axis", "axis"), Column("size", "size"), PROVIDER, MS, PEAK, LEAST),
             figures.scaling),
-    Section("losses", "A language model's head and loss",
-            "Forward and backward of the last linear layer and the cross-entropy; memory is the peak above operands "
-            "and gradients.",
+    Section("losses", "Head and loss",
+            "A language model's end, forward and backward: the last linear layer and the cross-entropy; memory is the "
+            "peak above operands and gradients.",
             (SHAPE, DTYPE, PROVIDER, SECONDS, RATIO, PEAK, Column("peak_of_eager", "of eager's", thousandths),
              Column("gradients_apart", "gradients from eager's", exponent)), figures.losses),
     Section("optim", "Optimizers", "A step on the parameters of a model against torch.optim's three forms.",
@@ -86,25 +92,27 @@ SECTIONS = (
             (MODEL, PROVIDER, Column("train_loss", "train loss"),
              Column("train_of_float32", "of float32's", thousandths), Column("validation_loss", "validation loss"),
              Column("validation_of_float32", "of float32's", thousandths)), figures.rounding),
-    Section("kernels", "Triton kernels, with no GPU",
-            "The worst over variants, dtypes and sizes: bytes moved ÷ the least possible, and machine code for each "
-            "target.",
+    Section("kernels", "Triton kernels",
+            "Judged with no GPU. The worst over variants, dtypes and sizes: bytes moved ÷ the least possible, and "
+            "machine code for each target.",
             (OP, PASS, Column("kernel", "kernel"), Column("ratio", "bytes ÷ least", thousandths),
              Column("reason", "why more than 1.02"), Column("target", "target"), Column("registers", "registers"),
              Column("spills", "bytes spilled"), Column("widest_load", "widest load, bit"),
              Column("widest_store", "widest store, bit")), figures.traffic, kernels_table),
-    Section("zoo", "Fusing whole models", "Joints that fuse found and swapped, against an independent count.",
+    Section("zoo", "Fusing models", "Joints that fuse found and swapped, against an independent count.",
             (MODEL, Column("found", "counted"), Column("swapped", "swapped"), Column("missed", "missed"),
              Column("right", "right"), Column("unfuse_equal", "unfuse gives every bit back"),
              Column("output_error", "output error, float64", exponent),
              Column("gradient_error", "gradient error, float64", exponent),
              Column("output_difference_float32", "output difference, float32", exponent),
-             Column("gradient_difference_float32", "gradient difference, float32", exponent))),
-    Section("audit", "Which models keep channels_last", "Every model audited in training, forward and backward.",
+             Column("gradient_difference_float32", "gradient difference, float32", exponent)),
+            note=zoo_totals),
+    Section("audit", "Layout audit",
+            "Which models keep channels_last, and which lose it where, in training, forward and backward.",
             (MODEL, Column("verdict", "verdict"), Column("cpu_verdict", "on the CPU"),
              Column("cuda_verdict", "on CUDA, predicted"), Column("cpu_convolutions", "convolutions"),
              Column("cpu_nchw", "fed NCHW, forward"), Column("cpu_nchw_backward", "backward"),
-             Column("worst", "worst place"))),
+             Column("worst", "worst place")), note=audit_totals),
 )  # fmt: skip
 
 

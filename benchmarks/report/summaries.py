@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from ..records import Record
@@ -20,6 +21,23 @@ def operator_means(found: Sequence[Comparison]) -> Means:
     return {
         op: {column: geometric_mean(ratios) for column, ratios in columns.items()} for op, columns in groups.items()
     }
+
+
+def zoo_totals(records: Sequence[Record]) -> str:
+    """How many joints of each kind were swapped, and how many models stayed right."""
+    counted, swapped = Counter[str](), Counter[str]()
+    for record in records:
+        counted.update(record.get("found") or {})
+        swapped.update(record.get("swapped") or {})
+    joints = ", ".join(f"{swapped[kind]:,} of {counted[kind]:,} {kind}" for kind in counted)
+    right = sum(bool(record.get("right")) for record in records)
+    return f"Swapped: {joints}. Right to the error budget: {right} of {len(records)} models."
+
+
+def audit_totals(records: Sequence[Record]) -> str:
+    """How many models have each verdict."""
+    verdicts = Counter(str(record.get("verdict")) for record in records)
+    return ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common()) + "."
 
 
 def kernels_table(records: Sequence[Record]) -> list[Record]:

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEXT, LINE = "#010203", "#010204"
-#: Colour → the variable of ``page.css``. The shades there are told apart by every kind of colour vision, after Okabe and
-#: Ito; a marker of its own tells each provider apart a second time.
+#: Colour → the variable of ``page.css``. The first hues there are after Okabe and Ito's, which every kind of colour
+#: vision tells apart; a provider's marker does so a second time.
 SERIES = tuple(f"#0a0b{10 + i:02x}" for i in range(9))
 VARIABLES = {TEXT: "var(--text)", LINE: "var(--line)", **{c: f"var(--series-{i})" for i, c in enumerate(SERIES)}}
 MARKERS = "osD^vPX*h"
+#: Of CSS: letters of ten points come out as large as the page's small print.
+PIXELS_AN_INCH = 96
 
 #: Who has which place; one that is not named here takes a place after them.
 PLACES = (
@@ -34,7 +36,7 @@ PLACES = (
     ("liger", "Liger"),
 )
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "braze",
     "font.size": 10,
@@ -96,7 +98,7 @@ def of(figure: Figure, title: str) -> str:
     text = re.sub(r'<g id="[^"]*">', "<g>", text)
     text = re.sub(r"font: ([^;\"']*?px) [^;\"]*", r"font: \1 var(--face)", text)
     text = re.sub(r"#01020[34]|#0a0b[0-9a-f]{2}", lambda found: VARIABLES[found[0]], text)
-    width, height = re.findall(r'(?:width|height)="([\d.]+)pt"', text)[:2]
+    width = figure.get_figwidth() * PIXELS_AN_INCH
     text = re.sub(r'\s(width|height)="[\d.]+pt"', "", text, count=2)
     label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="aspect-ratio: {width} / {height}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="max-width: {width:.0f}px"', 1)
