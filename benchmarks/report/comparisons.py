@@ -7,7 +7,7 @@ on one side of 1, and "same" where it holds 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..records import Record
@@ -119,3 +119,14 @@ def slower(found: Iterable[Comparison]) -> list[Comparison]:
 def same(found: Iterable[Comparison]) -> list[Comparison]:
     """Where the interval does not tell braze from the other: the lowest ratio first."""
     return sorted((one for one in found if one.verdict in (SAME, UNKNOWN)), key=lambda one: one.ratio)
+
+
+def not_faster(found: Sequence[Comparison], wrong: Sequence[Record]) -> str:
+    """In a sentence, in how many cases braze is not faster."""
+    if not found and not wrong:
+        return "Nothing has been timed against braze yet."
+    refused = f" In {len(wrong)} its own result was over the error budget, which gets no time." if wrong else ""
+    return (
+        f"Of {len(found)} cases braze is slower in {len(slower(found))}, and in {len(same(found))} the interval shows no "
+        f"difference.{refused}"
+    )

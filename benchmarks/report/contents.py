@@ -77,7 +77,7 @@ def gather(files: Sequence[ResultFile], advance: Callable[[str], object] = lambd
         parts.append(Part(section, [_on_machine(section, name, held) for (name,), held in machines.items()]))
     lines = [line for one in files for line in _lines(one)]
     return Contents(
-        _introduction(lines), _machines(files), compared.standings(found), _not_faster(found, slower, same, wrong),
+        _introduction(lines), _machines(files), compared.standings(found), compared.not_faster(found, wrong),
         wrong, slower, same, parts, lines,
     )  # fmt: skip
 
@@ -107,18 +107,6 @@ def _machines(files: Sequence[ResultFile]) -> list[tuple[str, str]]:
     if named and all(machine.startswith("CPU: ") for machine in named):
         named["GPU"] = "not measured yet: make gpu"
     return list(named.items())
-
-
-def _not_faster(
-    found: Sequence[Comparison], slower: Sequence[Comparison], same: Sequence[Comparison], wrong: Sequence[Record]
-) -> str:
-    if not found and not wrong:
-        return "Nothing has been timed against braze yet."
-    refused = f" In {len(wrong)} its result was wrong." if wrong else ""
-    return (
-        f"Of {len(found)} cases braze is slower in {len(slower)}, and in {len(same)} the interval shows no difference."
-        + refused
-    )
 
 
 def _lines(file: ResultFile) -> list[FileLine]:

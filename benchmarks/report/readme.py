@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import markdown
-from .comparisons import comparisons, standings
+from .comparisons import comparisons, not_faster, refused, standings
 from .figures import grouped
 from .results import ResultFile
 from .summaries import operator_means
@@ -35,7 +35,7 @@ def block(files: Sequence[ResultFile]) -> str:
         parts.append("On the CPU: not measured yet (`python -m braze.benchmarks ops --device cpu`).")
     else:
         parts.append("Time of the other ÷ time of braze, so above 1 braze is faster; counted by the 95 % interval.")
-        parts.append(markdown.headline(standings(found)))
+        parts += [not_faster(found, refused(records)), markdown.headline(standings(found))]
     for (machine,), own in grouped((r for r in records if r["benchmark"] == "ops"), "machine").items():
         means = operator_means(comparisons(own))
         if means:
