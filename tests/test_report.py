@@ -150,10 +150,9 @@ def test_the_page_holds_every_number_and_every_plot(records: list[dict]) -> None
 
 
 def test_figures_are_written_in_their_units() -> None:
-    records = [{"benchmark": "ops", "op": "glu", "provider": "aten", "pass": "forward", "dtype": "float32",
-                "shape": "N=1", "median_ms": 1.25, "quartile_low_ms": 1.0, "quartile_high_ms": 1.5, "least_bytes": 3 * 2**20,
-                "ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6, "error_outputs": 1.25e-7}]  # fmt: skip
-    found = Page(page.render(gather(files(records))))
+    spread = {"median_ms": 1.25, "quartile_low_ms": 1.0, "quartile_high_ms": 1.5}
+    one = record(0.5, 0.4, 0.6, **spread, least_bytes=3 * 2**20, error_outputs=1.25e-7)
+    found = Page(page.render(gather(files([one]))))
     cells = {shown for row in found.rows for shown, _ in row}
     assert {"1.25 (1 … 1.5)", "0.50 (0.40 … 0.60)", "3", "1.2e-07"} <= cells
 

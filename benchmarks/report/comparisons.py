@@ -19,7 +19,7 @@ OURS = {"channels_last": "channels_last", "packing": "packed"}
 #: Benchmarks whose ratios are against the other: ours ÷ theirs.
 INVERTED = {"packing"}
 #: Neither is a competitor: a copy is a floor, and means are counted anew from their cases.
-NOT_COMPARED = ("ops geometric mean", "kernels", "rounding", "zoo", "audit")
+NOT_COMPARED = ("ops geometric mean", "scaling slope", "kernels", "rounding", "zoo", "audit")
 
 CASE_FIELDS = ("op", "model", "case", "shape", "axis", "size", "pass", "dtype")
 
@@ -50,13 +50,14 @@ def comparisons(records: Iterable[Record]) -> list[Comparison]:
     found = []
     for record in records:
         benchmark, provider = record["benchmark"], record.get("provider")
-        if benchmark in NOT_COMPARED or provider in (None, "copy") or finite(record.get("ratio")) is None:
+        # A compiled model is compared with braze's compiled, where that was timed.
+        prefix = "like_" if finite(record.get("like_ratio")) else ""
+        ratio, low, high = (finite(record.get(prefix + name)) for name in ("ratio", "ratio_low", "ratio_high"))
+        if benchmark in NOT_COMPARED or provider in (None, "copy") or ratio is None:
             continue
         mine = str(provider).startswith(OURS.get(benchmark, "braze"))
         if mine != (benchmark in INVERTED):
             continue
-        ratio, low, high = (finite(record.get(name)) for name in ("ratio", "ratio_low", "ratio_high"))
-        assert ratio is not None
         name = str(provider)
         if benchmark in INVERTED:
             ratio, low, high, name = 1 / ratio, low and 1 / low, high and 1 / high, "padded"
@@ -126,7 +127,5 @@ def not_faster(found: Sequence[Comparison], wrong: Sequence[Record]) -> str:
     if not found and not wrong:
         return "Nothing has been timed against braze yet."
     refused = f" In {len(wrong)} its own result was over the error budget, which gets no time." if wrong else ""
-    return (
-        f"Of {len(found)} cases braze is slower in {len(slower(found))}, and in {len(same(found))} the interval shows no "
-        f"difference.{refused}"
-    )
+    lost, even = len(slower(found)), len(same(found))
+    return f"Of {len(found)} cases braze is slower in {lost}, and in {even} the interval shows no difference.{refused}"

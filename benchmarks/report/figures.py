@@ -173,8 +173,8 @@ def _growth(key: tuple[str, ...], records: Sequence[Record]) -> Figure:
             peaks.plot([r["size"] for r in held], [r["peak_bytes"] / MIB for r in held], **look)
         least = {r["size"]: r for r in records if finite(r.get("least_bytes"))}
         floor: dict[str, Any] = {"color": svg.TEXT, "linestyle": "--", "linewidth": 1.2}
-        roof = [(size, r) for size, r in sorted(least.items()) if finite(r.get("copy_ceiling_gbs"))]
-        times.plot([x for x, _ in roof], [r["least_bytes"] / r["copy_ceiling_gbs"] / 1e6 for _, r in roof], **floor)
+        roof = [(size, floor_ms) for size, r in sorted(least.items()) if (floor_ms := _roofline(r))]
+        times.plot([size for size, _ in roof], [floor_ms for _, floor_ms in roof], **floor)
         peaks.plot(sorted(least), [least[size]["least_bytes"] / MIB for size in sorted(least)], **floor)
         for axes, what in ((times, "milliseconds"), (peaks, "peak memory, MiB")):
             axes.set(xscale="log", yscale="log", xlabel=axis, title=what)
@@ -182,7 +182,13 @@ def _growth(key: tuple[str, ...], records: Sequence[Record]) -> Figure:
             for direction in "xy":
                 _plain_logarithm(axes, direction)
         title = ", ".join(filter(None, (key[0], key[2], key[3]))) + f": against {axis}"
-        return _finished(canvas, title, _providers(records), ceiling="least bytes, at the speed of a copy")
+        return _finished(canvas, title, _providers(records), ceiling="least bytes, and the roofline's time")
+
+
+def _roofline(record: Record) -> float | None:
+    """Milliseconds: by the record itself, or of a copy of the least bytes."""
+    ceiling = finite(record.get("copy_ceiling_gbs"))
+    return finite(record.get("roofline_ms")) or (record["least_bytes"] / ceiling / 1e6 if ceiling else None)
 
 
 def models(records: Sequence[Record]) -> list[Figure]:

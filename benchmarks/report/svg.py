@@ -31,9 +31,12 @@ PLACES = (
     ("braze", "packed", "channels_last"),
     ("aten", "eager", "vanilla eager", "padded", "contiguous", "default_collate", "torch, for-loop"),
     ("compiled", "torch.compile", "vanilla compiled", "torch, foreach"),
-    ("max-autotune", "torch, fused", "torch", "torch, chunked"),
+    ("max-autotune", "torch, fused", "torch, chunked"),
     ("braze compiled",),
-    ("liger", "Liger"),
+    ("liger",),
+    ("torch",),
+    ("lightning",),
+    ("braze lightning",),
 )
 
 STYLE: dict[Any, Any] = {
