@@ -29,6 +29,7 @@ COMMANDS = {
     "audit": "which torchvision and timm models keep channels_last, which lose it, and where",
     "channels_last": "time a training step of convolutional models, channels_last against contiguous",
     "zoo": "fuse every kind of model, against an independent count of its joints",
+    "compare": "which operators became slower or faster since a commit",
     "report": "one HTML page and a Markdown summary from the files that --json wrote",
     "gpu": "make gpu: the contract and the timings on a machine with a GPU and perhaps no network",
     "demo": "train real models under Lightning, vanilla and fused, side by side",

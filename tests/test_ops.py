@@ -247,7 +247,7 @@ def test_traffic_and_flops_are_positive(op: Op) -> None:
 
 
 class OnTheDevice(Draw):
-    """Draws operands where they are needed: in float64 on the host, as elsewhere, 2³¹ elements take 17 GB and a minute."""
+    """Draws operands where they are used: in float64 on the host, as elsewhere, 2³¹ elements take 17 GB."""
 
     def tensor(self, *shape: int) -> torch.Tensor:
         generator = torch.Generator(self.device).manual_seed(0)

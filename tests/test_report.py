@@ -233,17 +233,27 @@ def test_fields_that_no_column_knows_are_shown_too() -> None:
     assert 'data-value="7.5"' in text
 
 
-def test_the_age_of_a_commit() -> None:
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
+def test_the_age_of_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three commits only the second changes code; results that are committed make none older."""
 
-    head, before = git("rev-parse", "HEAD"), git("rev-parse", "HEAD~3")
-    count = git("rev-list", "--count", f"{before}..HEAD")
-    assert results.age(head) == ("HEAD", False)
-    assert results.age(f"{head}-dirty") == ("HEAD, with changes that were not committed", True)
-    assert results.age(before).words.startswith(f"older than HEAD: {count} commits since, ")
+    def git(*words: str) -> str:
+        named = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org", *words]
+        return subprocess.run(named, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "--quiet")
+    commits = []
+    for name in ("kernels/a.py", "kernels/b.py", "benchmarks/results/c.json"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+        git("add", "--all")
+        git("commit", "--quiet", "--message", name)
+        commits.append(git("rev-parse", "HEAD"))
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert results.age(commits[0]) == ("older than HEAD: 2 commits since, 1 of them to code", True)
+    assert results.age(commits[1]) == ("older than HEAD: 1 commits since, 0 of them to code", False)
+    assert results.age(commits[2]) == ("HEAD", False)
+    assert results.age(f"{commits[2]}-dirty") == ("HEAD, with changes that were not committed", True)
     assert results.age("0" * 40) == ("not in this history", True)
     assert results.age("unknown") == ("unknown", True)
 
