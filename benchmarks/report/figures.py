@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,11 +13,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from ..records import Record
 from . import svg
-from .columns import MIB, exponent, plain
+from .columns import MIB, exponent
 from .comparisons import Comparison, comparisons, finite, geometric_mean
 
 #: The least error drawn, a hundredth of float32's rounding step: an error of zero has no place on a logarithmic scale.
 NO_ERROR = 1e-9
+#: Inches of a figure that takes the width of the page, and letters of a label that leave its axes room.
+WIDE, LABEL = 12, 46
 
 
 class Figure(NamedTuple):
@@ -53,7 +56,7 @@ def means(records: Sequence[Record]) -> list[Figure]:
         return []
     ops = sorted({str(r.get("op", "")) for own in passes.values() for r in own}, reverse=True)
     with svg.style():
-        canvas = Canvas(figsize=(11, 1.4 + 0.22 * len(ops)), layout="constrained")
+        canvas = Canvas(figsize=(WIDE, 1.4 + 0.22 * len(ops)), layout="constrained")
         panels = canvas.subplots(1, len(passes), sharey=True, squeeze=False)[0]
         for axes, ((which,), own) in zip(panels, passes.items(), strict=True):
             for (op, provider), ratios in grouped(own, "op", "provider").items():
@@ -76,7 +79,7 @@ def errors(records: Sequence[Record]) -> list[Figure]:
         return []
     ops, dtypes = sorted({op for _, op, _ in largest}, reverse=True), dict.fromkeys(dtype for dtype, _, _ in largest)
     with svg.style():
-        canvas = Canvas(figsize=(11, 1.4 + 0.22 * len(ops)), layout="constrained")
+        canvas = Canvas(figsize=(WIDE, 1.4 + 0.22 * len(ops)), layout="constrained")
         panels = canvas.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
         for axes, dtype in zip(panels, dtypes, strict=True):
             for (own_dtype, op, provider), error in largest.items():
@@ -96,7 +99,7 @@ def memory(records: Sequence[Record]) -> list[Figure]:
     passes = grouped(usable, "pass")
     ops = sorted({str(r.get("op", "")) for r in usable}, reverse=True)
     with svg.style():
-        canvas = Canvas(figsize=(11, 1.4 + 0.22 * len(ops)), layout="constrained")
+        canvas = Canvas(figsize=(WIDE, 1.4 + 0.22 * len(ops)), layout="constrained")
         panels = canvas.subplots(1, len(passes), sharey=True, squeeze=False)[0]
         for axes, ((which,), own) in zip(panels, passes.items(), strict=True):
             for (op, provider), cases in grouped(own, "op", "provider").items():
@@ -171,24 +174,21 @@ def _growth(key: tuple[str, ...], records: Sequence[Record]) -> Figure:
             times.plot([r["size"] for r in own], [r["median_ms"] for r in own], **look)
             held = [r for r in own if finite(r.get("peak_bytes"))]
             peaks.plot([r["size"] for r in held], [r["peak_bytes"] / MIB for r in held], **look)
-        least = {r["size"]: r for r in records if finite(r.get("least_bytes"))}
-        floor: dict[str, Any] = {"color": svg.TEXT, "linestyle": "--", "linewidth": 1.2}
-        roof = [(size, floor_ms) for size, r in sorted(least.items()) if (floor_ms := _roofline(r))]
-        times.plot([size for size, _ in roof], [floor_ms for _, floor_ms in roof], **floor)
-        peaks.plot(sorted(least), [least[size]["least_bytes"] / MIB for size in sorted(least)], **floor)
+        roof = sorted({r["size"]: floor for r in records if (floor := _roofline(r))}.items())
+        times.plot([size for size, _ in roof], [floor for _, floor in roof], "--", color=svg.TEXT, linewidth=1.2)
         for axes, what in ((times, "milliseconds"), (peaks, "peak memory, MiB")):
             axes.set(xscale="log", yscale="log", xlabel=axis, title=what)
             axes.grid(alpha=0.6)
             for direction in "xy":
                 _plain_logarithm(axes, direction)
         title = ", ".join(filter(None, (key[0], key[2], key[3]))) + f": against {axis}"
-        return _finished(canvas, title, _providers(records), ceiling="least bytes, and the roofline's time")
+        return _finished(canvas, title, _providers(records), ceiling="the roofline")
 
 
 def _roofline(record: Record) -> float | None:
     """Milliseconds: by the record itself, or of a copy of the least bytes."""
-    ceiling = finite(record.get("copy_ceiling_gbs"))
-    return finite(record.get("roofline_ms")) or (record["least_bytes"] / ceiling / 1e6 if ceiling else None)
+    least, ceiling = finite(record.get("least_bytes")), finite(record.get("copy_ceiling_gbs"))
+    return finite(record.get("roofline_ms")) or (least / ceiling / 1e6 if least and ceiling else None)
 
 
 def models(records: Sequence[Record]) -> list[Figure]:
@@ -211,7 +211,8 @@ def intervals(records: Sequence[Record]) -> list[Figure]:
     with svg.style():
         beside = {row: [one.provider for one in found if one.case == row] for row in rows}
         most = max(map(len, beside.values()))
-        canvas = Canvas(figsize=(9, 1.5 + (0.16 + 0.12 * most) * len(rows)), layout="constrained")
+        row = max(0.16 + 0.12 * most, 0.2 * max(_lines(name) for name in rows))
+        canvas = Canvas(figsize=(WIDE, 1.5 + row * len(rows)), layout="constrained")
         axes = canvas.subplots()
         for one in found:
             place = beside[one.case].index(one.provider) - (len(beside[one.case]) - 1) / 2
@@ -235,7 +236,7 @@ def bars(records: Sequence[Record], *fields: str, title: str) -> list[Figure]:
         return []
     rows = list(dict.fromkeys(", ".join(str(r.get(name, "")) for name in fields) for r in usable))[::-1]
     with svg.style():
-        canvas = Canvas(figsize=(9, 1.4 + 0.5 * len(rows)), layout="constrained")
+        canvas = Canvas(figsize=(WIDE, 1.4 + 0.5 * len(rows)), layout="constrained")
         axes = canvas.subplots()
         for r in usable:
             y = rows.index(", ".join(str(r.get(name, "")) for name in fields))
@@ -253,7 +254,7 @@ def rounding(records: Sequence[Record]) -> list[Figure]:
         return []
     rows = list(dict.fromkeys(str(r.get("provider", "")) for r in usable))[::-1]
     with svg.style():
-        canvas = Canvas(figsize=(9, 1.2 + 0.35 * len(rows)), layout="constrained")
+        canvas = Canvas(figsize=(WIDE, 1.2 + 0.35 * len(rows)), layout="constrained")
         axes = canvas.subplots()
         for r in usable:
             axes.plot(r["train_of_float32"], rows.index(str(r.get("provider", ""))), "o", color=svg.SERIES[0])
@@ -274,7 +275,7 @@ def traffic(records: Sequence[Record]) -> list[Figure]:
         return []
     ops = sorted({op for op, _ in worst}, reverse=True)
     with svg.style():
-        canvas = Canvas(figsize=(9, 1.4 + 0.2 * len(ops)), layout="constrained")
+        canvas = Canvas(figsize=(WIDE, 1.4 + 0.2 * len(ops)), layout="constrained")
         axes = canvas.subplots()
         looks = dict(zip(dict.fromkeys(which for _, which in worst), range(len(svg.SERIES)), strict=False))
         for (op, which), ratio in worst.items():
@@ -298,10 +299,14 @@ def _dot(axes: Axes, x: float, y: float, provider: str) -> None:
 
 
 def _rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, LABEL) for name in names])
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.tick_params(axis="y", length=0)
     axes.grid(alpha=0.6)
+
+
+def _lines(name: str) -> int:
+    return len(textwrap.wrap(name, LABEL)) or 1
 
 
 def _ratios(axes: Axes, title: str) -> None:
@@ -317,8 +322,9 @@ def _plain_logarithm(axes: Axes, direction: str) -> None:
         axis.set_major_locator(MaxNLocator(5))
         axis.set_minor_locator(NullLocator())
     else:
-        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high / low < 200 else (1,), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+        subs = (1, 1.5, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5) if high / low < 200 else (1,)
+        axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -17,7 +17,7 @@ from .sections import NOT_SHOWN
 #: A table of more rows starts closed and has a field to search it.
 MANY = 20
 #: Letters of a cell that is not broken into lines.
-LONG = 48
+LONG = 60
 
 
 def render(contents: Contents) -> str:
@@ -81,6 +81,7 @@ def _headline(contents: Contents) -> str:
         body += _table(
             ("benchmark", "against", "geometric mean", "cases", "faster", "same", "slower", "", "machine"),
             [_standing(one) for one in contents.standings],
+            whole=True,
         )
     return f'<section id="headline"><h2>Headline</h2>{body}</section>'
 
@@ -192,11 +193,12 @@ def _folded(title: str, table: str, rows: int, open_: bool) -> str:
     return f"<details{' open' if open_ else ''}>{summary}{search}{table}</details>"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, whole: bool = False) -> str:
     numbers = {place for row in rows for place, cell in enumerate(row) if cell.startswith("<td data-value")}
     head = "".join(_head(name, place in numbers) for place, name in enumerate(heads))
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = "scroll whole" if whole else "scroll"
+    return f'<div class="{kind}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _head(name: str, number: bool) -> str:

@@ -74,7 +74,7 @@ SECTIONS = (
             "A training step, or inference, of whole models.",
             (MODEL, PASS, PROVIDER, MS, RATIO, LIKE_RATIO, PEAK, Column("loss", "final loss")), figures.models),
     Section("scaling", "Scaling",
-            "How time and memory grow with one size; dashed are the least bytes, and the time that the machine allows.",
+            "How time and memory grow with one size; dashed is the time that the machine's own ceilings allow.",
             (OP, PASS, DTYPE, Column("axis", "axis"), Column("size", "size"), PROVIDER, MS, PEAK, LEAST),
             figures.scaling),
     Section("losses", "Head and loss",

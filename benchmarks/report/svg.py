@@ -68,7 +68,8 @@ def _place(provider: str) -> int:
 
 def series(provider: str) -> int:
     """The number of a provider's colour."""
-    return _place(provider) % len(SERIES)
+    place = _place(provider)
+    return place and 1 + (place - 1) % (len(SERIES) - 1)  # braze's is nobody else's
 
 
 def color(provider: str) -> str:
