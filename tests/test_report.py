@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 
 from braze.benchmarks.__main__ import main
 from braze.benchmarks.report import markdown, page, readme, results
@@ -126,7 +127,18 @@ def expected_figures(records: list[dict]) -> int:
     return count + any(r["benchmark"] == "something new" for r in rivals)
 
 
+#: A record with every field, of each benchmark, operator and provider.
+FULL = [
+    {"benchmark": benchmark, "op": op, "provider": provider, "pass": "forward", "dtype": "float32", "model": "<model>",
+     "shape": "N=1", "status": "ok", "error_gradients": 1e-3, "least_bytes": 1000 + 7 * i, "peak_bytes": 2000,
+     "size": 64, **dict.fromkeys((name for name in FIGURES if FIGURES[name] is POSITIVE), 1.5 + i), "error_outputs": 1e-4}
+    for i, (benchmark, op, provider) in enumerate(itertools.product(
+        ("ops", "scaling", "losses", "models", "something new"), ("rms_norm", "<b>"), ("braze", "aten", "copy")))
+]  # fmt: skip
+
+
 @settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@example(records=FULL)
 @given(records=st.lists(RECORDS, max_size=6))
 def test_the_page_holds_every_number_and_every_plot(records: list[dict]) -> None:
     text = page.render(gather(files(records)))
