@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -87,8 +87,9 @@ def errors(records: Sequence[Record]) -> list[Figure]:
                     _dot(axes, min(max(error, NO_ERROR), 10.0), ops.index(op), provider)
             _rows(axes, ops)
             axes.set(xscale="log", title=dtype, xlabel="largest error against float64 ÷ largest entry")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: exponent(value)))
-        return [_finished(canvas, "Largest error of each operator", _providers(records), wide=True)]
+            _plain_logarithm(axes, "x", exponent)
+        judged = list(dict.fromkeys(provider for _, _, provider in largest))
+        return [_finished(canvas, "Largest error of each operator", judged, wide=True)]
 
 
 def memory(records: Sequence[Record]) -> list[Figure]:
@@ -120,11 +121,11 @@ def speed(op: str, records: Sequence[Record]) -> Figure:
     dtypes, passes = ([key for (key,) in grouped(records, name)] for name in ("dtype", "pass"))
     panels = grouped(records, "dtype", "pass")
     with svg.style():
-        size = (1.2 + 3.0 * len(passes), 0.9 + 2.3 * len(dtypes))
+        size = (1.2 + 3.0 * len(dtypes), 0.9 + 2.0 * len(passes))
         canvas = Canvas(figsize=size, layout="constrained")
-        grid = canvas.subplots(len(dtypes), len(passes), sharex=True, sharey=True, squeeze=False)
-        for row, dtype in zip(grid, dtypes, strict=True):
-            for axes, which in zip(row, passes, strict=True):
+        grid = canvas.subplots(len(passes), len(dtypes), sharex=True, sharey=True, squeeze=False)
+        for row, which in zip(grid, passes, strict=True):
+            for axes, dtype in zip(row, dtypes, strict=True):
                 _speeds(axes, panels.get((dtype, which), []))
                 axes.set(xscale="log", yscale="log", title=", ".join(filter(None, (which, dtype))))
         for direction in "xy":
@@ -140,8 +141,11 @@ def _speeds(axes: Axes, records: Sequence[Record]) -> None:
         own = sorted(own, key=lambda r: r["least_bytes"])
         sizes = [r["least_bytes"] / MIB for r in own]
         speeds = [_gbs(r, "median_ms") for r in own]
-        if provider == "copy":
+        if provider == "copy" and len(own) > 1:
             axes.plot(sizes, speeds, "--", color=svg.TEXT, linewidth=1.2)
+        elif provider == "copy":  # a line through one point is none
+            axes.axhline(speeds[0], linestyle="--", color=svg.TEXT, linewidth=1.2)
+        if provider == "copy":
             continue
         axes.plot(sizes, speeds, color=svg.color(provider), marker=svg.marker(provider))
         for x, r in zip(sizes, own, strict=True):
@@ -315,7 +319,11 @@ def _ratios(axes: Axes, title: str) -> None:
     _plain_logarithm(axes, "x")
 
 
-def _plain_logarithm(axes: Axes, direction: str) -> None:
+def _six_digits(value: float) -> str:
+    return f"{value:,.6g}"
+
+
+def _plain_logarithm(axes: Axes, direction: str, write: Callable[[float], str] = _six_digits) -> None:
     """Ticks written out, as many as make a range readable: a decade may be wider than all that is drawn."""
     (low, high), axis = (axes.get_xlim(), axes.xaxis) if direction == "x" else (axes.get_ylim(), axes.yaxis)
     if high / low < 4:
@@ -324,7 +332,7 @@ def _plain_logarithm(axes: Axes, direction: str) -> None:
     else:
         subs = (1, 1.5, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5) if high / low < 200 else (1,)
         axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
