@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,23 @@ def test_expressions_choose_tests_of_the_contract() -> None:
     source = (ROOT / "tests" / "test_ops.py").read_text()
     for part in f"{gpu.CONTRACT} or {gpu.LARGE}".split(" or "):
         assert any(part in line for line in source.splitlines() if line.startswith("def test_")), part
+
+
+def test_wheels_are_unpacked_one_by_one(tmp_path: Path) -> None:
+    """One of another machine does not keep the others away."""
+    wheels = [tmp_path / "good-1.0-py3-none-any.whl", tmp_path / "bad-1.0-cp27-cp27m-win32.whl"]
+    for wheel in wheels:
+        name = wheel.name.split("-")[0]
+        folder = f"{name}-1.0.dist-info"
+        with zipfile.ZipFile(wheel, "w") as file:
+            file.writestr(f"{name}.py", "")
+            file.writestr(f"{folder}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+            file.writestr(f"{folder}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            file.writestr(f"{folder}/RECORD", "")
+    done = gpu.unpack(wheels, tmp_path / "unpacked")
+    assert [step.status for step in done] == ["exit 0", "cannot be unpacked here"]
+    assert "not a supported wheel" in done[1].last_line
+    assert (tmp_path / "unpacked" / "good.py").exists()
 
 
 @without_gpu
