@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from . import records
+
+PROGRAM = "python -m braze.benchmarks"
+
+#: These measure nothing themselves, and have no use for ``--quick`` and ``--json``.
+WITHOUT_MEASURING = ("report", "gpu")
 
 #: A command is the module of the same name; it offers ``add_arguments(parser)`` and ``run(arguments) -> records``.
 COMMANDS = {
@@ -23,6 +29,9 @@ COMMANDS = {
     "audit": "which torchvision and timm models keep channels_last, which lose it, and where",
     "channels_last": "time a training step of convolutional models, channels_last against contiguous",
     "zoo": "fuse every kind of model, against an independent count of its joints",
+    "compare": "which operators became slower or faster since a commit",
+    "report": "one HTML page and a Markdown summary from the files that --json wrote",
+    "gpu": "make gpu: the contract and the timings on a machine with a GPU and perhaps no network",
     "demo": "train real models under Lightning, vanilla and fused, side by side",
 }
 
@@ -30,11 +39,10 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    program = "python -m braze.benchmarks"
     if not words or words[0] not in COMMANDS:
         listing = "\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())
         chooser = argparse.ArgumentParser(
-            program,
+            PROGRAM,
             description=f"Every measurement, from one place.\n\ncommands:\n{listing}",
             formatter_class=argparse.RawTextHelpFormatter,
         )
@@ -42,18 +50,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         chooser.parse_args(words or ["--help"])
         raise AssertionError("unreachable: argparse exits, for help or with an error")
     name = words[0]
-    command = _load(name)
-    parser = argparse.ArgumentParser(f"{program} {name}", description=COMMANDS[name])
-    parser.add_argument("--quick", action="store_true", help="small sizes and few repeats: under a minute or so")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here, as flat records")
-    command.add_arguments(parser)
+    parser, command = parser_of(name)
     arguments = parser.parse_args(words[1:])
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         parser.error(f"--json: there is no folder {arguments.json.absolute().parent}; make it first")
+    arguments.keep = functools.partial(records.write, arguments.json, name) if arguments.json else _forget
     found = command.run(arguments)
     if arguments.json:
         records.write(arguments.json, name, found)
     return 0
+
+
+def parser_of(name: str) -> tuple[argparse.ArgumentParser, Any]:
+    """The command's parser, and its module.
+
+    ``run`` gets from it, beside the flags, ``keep(records)``: to be called with all that there is so far, so that a
+    command which is cut off leaves that in the file of ``--json``.
+    """
+    command = _load(name)
+    parser = argparse.ArgumentParser(f"{PROGRAM} {name}", description=COMMANDS[name])
+    if name in WITHOUT_MEASURING:
+        parser.set_defaults(json=None)
+    else:
+        parser.add_argument("--quick", action="store_true", help="small sizes and few repeats: under a minute or so")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here, as flat records")
+    command.add_arguments(parser)
+    return parser, command
+
+
+def _forget(found: Sequence[records.Record]) -> None:
+    pass
 
 
 def _load(name: str) -> Any:

@@ -7,6 +7,7 @@ operands and their gradients. Times are taken in turns; a ratio is a provider's 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -41,7 +42,9 @@ QUICK_SIZES = (Size(512, 128, 8_000),)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: ``--quick`` and ``--json`` say it all."""
+    """Add the device."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help=f"default: {default}")
 
 
 def run(arguments: argparse.Namespace) -> list[Record]:
@@ -52,7 +55,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
         task = bar.add_task("", total=len(sizes))
         for size in sizes:
             bar.update(task, description=str(tuple(size)))
-            records += measure(size, rounds)
+            records += measure(size, rounds, device=arguments.device)
             bar.advance(task)
     show(records)
     return records
@@ -71,12 +74,12 @@ def providers() -> dict[str, Loss]:
     return {**found, BASELINE: linear_cross_entropy}
 
 
-def measure(size: Size, rounds: int, clock: timing.Clock = timing.cpu_clock) -> list[Record]:
+def measure(size: Size, rounds: int, clock: timing.Clock | None = None, device: str = "cpu") -> list[Record]:
     """Memory and time of all providers, and how far their gradients are from eager's."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(size.N, size.D, generator=generator, requires_grad=True)
-    weight = (torch.randn(size.C, size.D, generator=generator) / size.D**0.5).requires_grad_()
-    target = torch.randint(size.C, (size.N,), generator=generator)
+    hidden = torch.randn(size.N, size.D, generator=generator).to(device).requires_grad_()
+    weight = (torch.randn(size.C, size.D, generator=generator) / size.D**0.5).to(device).requires_grad_()
+    target = torch.randint(size.C, (size.N,), generator=generator).to(device)
     gradients = 4 * (hidden.numel() + weight.numel())
 
     def work(loss: Loss) -> tuple[Tensor, ...]:
@@ -86,8 +89,9 @@ def measure(size: Size, rounds: int, clock: timing.Clock = timing.cpu_clock) -> 
     wanted = work(losses["eager"])
     apart = {name: max(map(_difference, work(loss), wanted)) for name, loss in losses.items()}  # compiles, too
     del wanted
-    peaks = {name: memory.peak(lambda loss=loss: work(loss)) - gradients for name, loss in losses.items()}  # type: ignore[misc]
-    samples = timing.compare({name: lambda loss=loss: work(loss) for name, loss in losses.items()}, clock, rounds)  # type: ignore[misc]
+    works = {name: functools.partial(work, loss) for name, loss in losses.items()}
+    peaks = {name: _peak(own, device) - gradients for name, own in works.items()}
+    samples = timing.compare(works, clock or timing.clock_for(torch.device(device)), rounds)
     records = []
     for name in losses:
         records.append(
@@ -97,6 +101,7 @@ def measure(size: Size, rounds: int, clock: timing.Clock = timing.cpu_clock) -> 
                 "provider": name,
                 "pass": "forward+backward",
                 "dtype": "float32",
+                "device": device,
                 "shape": " ".join(f"{label}={n}" for label, n in size._asdict().items()),
                 "peak_bytes": peaks[name],
                 "peak_of_eager": peaks[name] / peaks["eager"],
@@ -106,6 +111,15 @@ def measure(size: Size, rounds: int, clock: timing.Clock = timing.cpu_clock) -> 
             }
         )
     return records
+
+
+def _peak(work: Callable[[], object], device: str) -> int:
+    if device == "cpu":
+        return memory.peak(work)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _difference(ours: Tensor, wanted: Tensor) -> float:

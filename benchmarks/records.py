@@ -19,11 +19,29 @@ Record = dict[str, Any]
 
 
 def write(path: Path, command: str, records: Sequence[Record]) -> None:
-    """Write ``{"command", "environment", "records"}`` as JSON, a line for each record."""
+    """Write ``{"command", "environment", "records"}`` as JSON, a line for each record.
+
+    The file holds what it held, or all of this: a command may call it after every case, and be cut off at any time.
+    """
     lines = ",\n".join(json.dumps(record) for record in records)
-    path.write_text(
-        f'{{"command": {json.dumps(command)}, "environment": {json.dumps(environment())}, "records": [\n{lines}\n]}}\n'
+    replace(
+        path,
+        f'{{"command": {json.dumps(command)}, "environment": {json.dumps(environment())}, "records": [\n{lines}\n]}}\n',
     )
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a text file whole, or leave it as it was."""
+    # A device such as /dev/stdout is written to, not replaced.
+    if path.exists() and not path.is_file():
+        path.write_text(text)
+        return
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, Any]:
