@@ -28,7 +28,8 @@ def reference(
 ) -> Tensor:
     """Normalization and rotation in plain PyTorch: float32 (or wider) in between, the result in the dtype of ``x``."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return rope.reference(row_norm.reference(wide, weight, bias, **norm), cos, sin, interleaved=interleaved).to(x.dtype)
+    normed = row_norm.reference(wide, weight, bias, **norm)
+    return rope.reference(normed, cos, sin, interleaved=interleaved, dtype=x.dtype)
 
 
 def qk_norm_rope(
