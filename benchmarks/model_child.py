@@ -219,7 +219,7 @@ def _rounded(task: Task, seed: int) -> Task:
     generator = torch.Generator(task.device).manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p *= 1 + _eps(task) * (torch.rand(p.shape, generator=generator, device=p.device) - 0.5)
+            p.mul_(1 + _eps(task) * (torch.rand(p.shape, generator=generator, device=p.device) - 0.5))
     return Task(task.workload, model, task.batches, task.device)
 
 

@@ -79,7 +79,7 @@ class Learner:
         """Forward, backward and optimizer; the loss, still on its device."""
         with self.around(), self.task.precision():
             loss = self.task.workload.loss(self.model, next(self._batches))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()

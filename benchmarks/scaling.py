@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from braze.kernels import OPS, dispatch
 from braze.kernels.op import Call, Dims, Draw, Op
 
-from . import memory, records, scaling_report, timing
+from . import memory, records, scaling_report, tables, timing
 from .accuracy import Judge, leaves, tensors
 from .model_providers import cuda_peak
 from .ops import TRUTH_COPIES, _memory, device_name
@@ -172,7 +172,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     found: list[Record] = []
     columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # A size has its own compilation of the same plain function; past the limit torch.compile would go eager, silently.
-    with Progress(*columns) as bar, torch._dynamo.config.patch(recompile_limit=10_000):
+    with Progress(*columns, console=tables.console()) as bar, torch._dynamo.config.patch(recompile_limit=10_000):
         task = bar.add_task("", total=sum(map(len, sizes.values())))
         for sweep in sweeps:
             bar.update(task, description=f"{sweep.op}, {sweep.axis}")
