@@ -17,7 +17,7 @@ import itertools
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import timing
 from .model_providers import BRAZE, LIKE, NAMES, VANILLA, Absent, Learner, Task, learner
+from .ops import _memory, device_name
 from .records import Record
 from .workloads import WORKLOADS, Scale, shape
 
@@ -70,57 +71,60 @@ class Run:
         return self.figures.get(which, {}).get("status") == "ok"
 
 
-def measure(name: str, scale: Scale) -> Iterator[Stage | Record]:
+def measure(name: str, scale: Scale, device: str) -> Iterator[Stage | Record]:
     """Records of one model, as they are found, and the stages between."""
     _quiet()
-    quick = scale == "quick"
     yield Stage("building")
-    task = build(name, scale)
+    task = build(name, scale, device)
+    size = task.workload.sizes[scale]
     common = {
         "benchmark": "models",
         "model": name,
-        "device": torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else "cpu",
+        "device": device_name(task.device),
         "threads": torch.get_num_threads(),
         "dtype": task.dtype,
-        "shape": shape(WORKLOADS[name].sizes[scale]),
+        "shape": shape(size),
         "parameters": sum(p.numel() for p in task.model.parameters()),
-        "unit": WORKLOADS[name].unit,
+        "unit": task.workload.unit,
     }
-    items = WORKLOADS[name].items(WORKLOADS[name].sizes[scale])
     yield Stage("rounding vanilla")
-    budget = vanilla(task, QUICK_STEPS if quick else STEPS)
+    budget = vanilla(task, QUICK_STEPS if scale == "quick" else STEPS)
     for number, group in enumerate(_groups(task)):
-        runs: dict[str, Run] = {}
-        for provider in group:
-            yield Stage(provider)
-            if quick and "compiled" in provider:
-                runs[provider] = _none("skipped: --quick compiles no model, which takes a minute")
-            else:
-                runs[provider] = judge(task, provider, budget)
-        for which in ("inference", "training"):
-            yield Stage(f"timing {which}")
-            _time(runs, which, items, QUICK_ROUNDS if quick else ROUNDS, timing.clock_for(task.device))
-        for provider, run in runs.items():
-            if run.learner is not None:
-                run.learner.close()
-            if provider == BRAZE and number > 0:
-                continue  # the first group had it
-            for which, figures in run.figures.items():
-                yield {**common, "provider": provider, "pass": which, **figures}
-        del runs
+        for found in _group(task, group, budget, task.workload.items(size), quick=scale == "quick"):
+            if isinstance(found, Stage):
+                yield found
+            elif number == 0 or found["provider"] != BRAZE:  # the first group had it
+                yield {**common, **found}
 
 
-def build(name: str, scale: Scale) -> Task:
+def build(name: str, scale: Scale, device: str = "cpu") -> Task:
     """The model and its batches, always the same."""
     workload = WORKLOADS[name]
     size = workload.sizes[scale]
-    device = torch.device("cuda" if scale == "cuda" else "cpu")
     torch.manual_seed(0)
     model = workload.build(size).to(device)
     generator = torch.Generator().manual_seed(0)
     drawn = [workload.batch(size, generator) for _ in range(BATCHES)]
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in drawn]
-    return Task(workload, model, batches, device)
+    return Task(workload, model, batches, torch.device(device))
+
+
+def _group(task: Task, names: Sequence[str], budget: Budget, items: int, quick: bool) -> Iterator[Stage | Record]:
+    """Providers whose copies of the model are there together, and take turns."""
+    runs: dict[str, Run] = {}
+    for name in names:
+        yield Stage(name)
+        compiles = quick and "compiled" in name
+        absent = "skipped: --quick compiles no model, which takes a minute"
+        runs[name] = _none(absent) if compiles else judge(task, name, budget)
+    for which in ("inference", "training"):
+        yield Stage(f"timing {which}")
+        _time(runs, which, items, QUICK_ROUNDS if quick else ROUNDS, timing.clock_for(task.device))
+    for name, run in runs.items():
+        if run.learner is not None:
+            run.learner.close()
+        for which, figures in run.figures.items():
+            yield {"provider": name, "pass": which, **figures}
 
 
 def vanilla(task: Task, steps: int) -> Budget:
@@ -231,19 +235,13 @@ def _groups(task: Task) -> list[list[str]]:
     """The providers, pairs together and braze in each, as many at a time as there is memory for copies of the model."""
     pairs = [[name, *([LIKE[name]] if LIKE[name] != BRAZE else [])] for name in NAMES if name in LIKE]
     parameters = sum(p.numel() for p in task.model.parameters())
-    fit = int(SHARE * _free(task.device) / (PARAMETER_BYTES * parameters))
+    fit = int(SHARE * _memory(task.device) / (PARAMETER_BYTES * parameters))
     groups = [[BRAZE]]
     for pair in pairs:
         if len(groups[-1]) > 1 and len(groups[-1]) + len(pair) > fit:
             groups.append([BRAZE])
         groups[-1] += pair
     return groups
-
-
-def _free(device: torch.device) -> int:
-    from .ops import _memory
-
-    return _memory(device)
 
 
 def _none(status: str) -> Run:

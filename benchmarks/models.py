@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     with Progress(*columns, console=tables.console()) as bar:
         task = bar.add_task("", total=len(wanted))
         for name in wanted:
-            for message in measured(name, scale):
+            for message in measured(name, scale, arguments.device):
                 if isinstance(message, Stage):
                     bar.update(task, description=f"{name}: {message.text}")
                     continue
@@ -78,12 +78,16 @@ def run(arguments: argparse.Namespace) -> list[Record]:
 
 
 def measured(
-    name: str, scale: Scale, measure: Callable[..., Iterator[Any]] = measure, preload: Sequence[str] = PRELOAD
+    name: str,
+    scale: Scale,
+    device: str,
+    measure: Callable[..., Iterator[Any]] = measure,
+    preload: Sequence[str] = PRELOAD,
 ) -> Iterator[Stage | Record]:
     """The stages and records of a model from a process of its own; if that dies, a record that says how."""
     stage = "start"
     try:
-        for message in messages(measure, name, scale, preload=preload, seconds=SECONDS):
+        for message in messages(measure, name, scale, device, preload=preload, seconds=SECONDS):
             stage = message.text if isinstance(message, Stage) else stage
             yield message
     except ChildDied as died:

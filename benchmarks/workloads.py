@@ -251,13 +251,13 @@ WORKLOADS: dict[str, Workload] = {
     "convnext-t": _vision(
         _convnext,
         quick={"batch": 2, "side": 32, "depths": (1, 1, 1, 1), "widths": (16, 32, 64, 128)},
-        cpu={"batch": 8, "side": 64, "depths": (1, 1, 2, 1), "widths": (64, 128, 256, 512)},
+        cpu={"batch": 8, "side": 64, "depths": (1, 1, 1, 1), "widths": (64, 128, 256, 512)},
         cuda={"batch": 64, "side": 224, "depths": (3, 3, 9, 3), "widths": (96, 192, 384, 768)},
     ),
     "resnet-50": _vision(
         _resnet,
         quick={"batch": 8, "side": 16, "depths": (1, 1, 1, 1)},
-        cpu={"batch": 8, "side": 64, "depths": (1, 1, 2, 1)},
+        cpu={"batch": 8, "side": 64, "depths": (1, 1, 1, 1)},
         cuda={"batch": 64, "side": 224, "depths": (3, 4, 6, 3)},
     ),
     "dit": _diffusion(

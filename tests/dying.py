@@ -5,28 +5,28 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def one_record(name: str, scale: str) -> Iterator[dict[str, Any]]:
+def one_record(name: str, *how: str) -> Iterator[dict[str, Any]]:
     yield {
         "benchmark": "models",
         "model": name,
         "provider": "eager",
         "pass": "training",
-        "shape": scale,
+        "shape": " ".join(how),
         "status": "ok",
     }
 
 
-def record_then_abort(name: str, scale: str) -> Iterator[dict[str, Any]]:
-    yield from one_record(name, scale)
+def record_then_abort(name: str, *how: str) -> Iterator[dict[str, Any]]:
+    yield from one_record(name, *how)
     os.abort()
 
 
-def refuse(name: str, scale: str) -> Iterator[dict[str, Any]]:
+def refuse(name: str, *how: str) -> Iterator[dict[str, Any]]:
     raise ValueError(f"{name} cannot be built")
     yield {}
 
 
-def say_nothing(name: str, scale: str) -> Iterator[dict[str, Any]]:
-    yield from one_record(name, scale)
+def say_nothing(name: str, *how: str) -> Iterator[dict[str, Any]]:
+    yield from one_record(name, *how)
     while True:
         pass

@@ -114,7 +114,7 @@ def test_a_provider_that_raises_leaves_the_others(monkeypatch: pytest.MonkeyPatc
 
 
 def test_records_of_a_model_are_flat_and_say_who_is_absent(capsys: pytest.CaptureFixture[str]) -> None:
-    messages = list(model_child.measure("unet", "quick"))
+    messages = list(model_child.measure("unet", "quick", "cpu"))
     found = [m for m in messages if not isinstance(m, model_child.Stage)]
     assert all(isinstance(v, str | int | float) for r in json.loads(json.dumps(found)) for v in r.values())
     training = {r["provider"]: r for r in found if r["pass"] == "training"}
@@ -136,7 +136,7 @@ def test_records_of_a_model_are_flat_and_say_who_is_absent(capsys: pytest.Captur
 def test_braze_and_pairs_stay_together_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     task, _ = judged("unet")
     copy = model_child.PARAMETER_BYTES * sum(p.numel() for p in task.model.parameters())
-    monkeypatch.setattr(model_child, "_free", lambda _: 3.5 * copy / model_child.SHARE)
+    monkeypatch.setattr(model_child, "_memory", lambda _: 3.5 * copy / model_child.SHARE)
     groups = model_child._groups(task)
     assert all(len(group) <= 3 and group[0] == "braze" for group in groups)
     assert sorted(itertools.chain(["braze"], *(group[1:] for group in groups))) == sorted(model_providers.NAMES)
@@ -147,7 +147,7 @@ def test_braze_and_pairs_stay_together_where_memory_is_short(monkeypatch: pytest
 def test_a_process_that_dies_leaves_the_other_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tasks = {"gpt2": dying.record_then_abort, "dit": dying.refuse, "unet": dying.one_record}
     measured = models.measured
-    monkeypatch.setattr(models, "measured", lambda name, scale: measured(name, scale, tasks[name], preload=()))
+    monkeypatch.setattr(models, "measured", lambda name, *how: measured(name, *how, tasks[name], preload=()))
     parser = argparse.ArgumentParser()
     models.add_arguments(parser)
     words = ["--device", "cpu", *(word for name in tasks for word in ("--model", name))]
@@ -161,8 +161,8 @@ def test_a_process_that_dies_leaves_the_other_models(monkeypatch: pytest.MonkeyP
 
 
 def test_a_process_that_says_nothing_is_ended() -> None:
-    messages = child.messages(dying.say_nothing, "unet", "quick", preload=(), seconds=20.0)
+    messages = child.messages(dying.say_nothing, "unet", "quick", "cpu", preload=(), seconds=20.0)
     assert next(messages)["model"] == "unet"
     messages.close()
     with pytest.raises(child.ChildDied, match="no answer in 0 s"):
-        next(child.messages(dying.say_nothing, "unet", "quick", preload=(), seconds=0.0))
+        next(child.messages(dying.say_nothing, "unet", "quick", "cpu", preload=(), seconds=0.0))
