@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> list[Record]:
     """Measure, print the tables, draw the curves, and return flat records."""
+    # The profiler's notes would tear up the progress bar.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     device = torch.device(arguments.device)
     sweeps = [sweep for sweep in SWEEPS if not arguments.op or sweep.op in arguments.op]
     rounds = QUICK_ROUNDS if arguments.quick else ROUNDS

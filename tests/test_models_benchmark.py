@@ -113,7 +113,10 @@ def test_a_provider_that_raises_leaves_the_others(monkeypatch: pytest.MonkeyPatc
     assert run.figures == {"training": {"status": "failed: RuntimeError: no such kernel"}}
 
 
-def test_records_of_a_model_are_flat_and_say_who_is_absent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_of_a_model_are_flat_and_say_who_is_absent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(model_child, "QUICK_ROUNDS", 2)
     messages = list(model_child.measure("unet", "quick", "cpu"))
     found = [m for m in messages if not isinstance(m, model_child.Stage)]
     assert all(isinstance(v, str | int | float) for r in json.loads(json.dumps(found)) for v in r.values())
