@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -59,7 +60,9 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     scale: Scale = "quick" if arguments.quick else arguments.device
-    wanted = [name for name in arguments.model or WORKLOADS if scale in WORKLOADS[name].sizes]
+    wanted = arguments.model or [name for name, workload in WORKLOADS.items() if scale in workload.sizes]
+    if elsewhere := [name for name in wanted if scale not in WORKLOADS[name].sizes]:
+        sys.exit(f"models: {', '.join(elsewhere)} must run at full size on a GPU; leave --quick out, use --device cuda")
     found: list[Record] = []
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=tables.console()) as bar:
@@ -96,6 +99,7 @@ def measured(
             "model": name,
             "provider": stage,
             "pass": "training",
+            "device": device,
             "shape": shape(WORKLOADS[name].sizes[scale]),
             "status": f"failed: {died}",
         }

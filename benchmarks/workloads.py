@@ -226,7 +226,7 @@ WORKLOADS: dict[str, Workload] = {
     "llama-1B": _language(
         _llama,
         cuda={
-            "batch": 2,
+            "batch": 1,
             "tokens": 2048,
             "width": 2048,
             "middle": 8192,
