@@ -28,6 +28,8 @@ COMMANDS = {
     "packing": "train a language model on packed and on padded batches of the same documents",
     "audit": "which torchvision and timm models keep channels_last, which lose it, and where",
     "channels_last": "time a training step of convolutional models, channels_last against contiguous",
+    "models": "time a training step and inference of whole models: vanilla, compiled, Liger-Kernel, braze, Lightning",
+    "scaling": "how time and memory grow with rows, row length, vocabulary, sequence and width, against the roofline",
     "zoo": "fuse every kind of model, against an independent count of its joints",
     "compare": "which operators became slower or faster since a commit",
     "report": "one HTML page and a Markdown summary from the files that --json wrote",

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import records, tables
-from .audit_child import ChildDied, audited, bare_steps, in_child
+from .audit_child import audited, bare_steps, in_child
 from .audit_models import MODELS, QUICK, SIDE, SIDES
+from .child import ChildDied
 from .records import Record
 
 #: A model that takes longer has failed.

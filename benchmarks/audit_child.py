@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
-import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -16,13 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from braze.layouts import LayoutReport, audit, specifier
 
+from .child import ChildDied, death
+
 BATCH, FRAMES = 2, 8
 #: For the steps that may crash: with images of under 96² oneDNN overwrites too little.
 BARE_SIDE, BARE_STEPS = 160, 3
-
-
-class ChildDied(RuntimeError):
-    """A process ended with no answer."""
 
 
 def audited(model_name: str, side: int) -> dict[str, Any]:
@@ -111,15 +108,13 @@ def in_child(task: Callable[..., dict[str, Any]], *arguments: Any, seconds: floa
         found = receiver.recv() if receiver.poll(seconds) else None
     except EOFError:
         found = None
-        process.join()
     else:
         process.kill()
         process.join()
         if found is None:
             raise ChildDied(f"no answer in {seconds:.0f} s")
     if found is None:
-        status = process.exitcode or 0
-        raise ChildDied(signal.Signals(-status).name if status < 0 else f"exit status {status}")
+        raise ChildDied(death(process))
     if isinstance(found, Exception):
         raise found
     return found

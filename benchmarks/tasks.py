@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from . import data
 
 if TYPE_CHECKING:
-    from .models import Classifier
+    from .lightning_modules import Classifier
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def llama() -> Classifier:
     """The Llama architecture over bytes, 3.3 million parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from .models import LanguageModel
+    from .lightning_modules import LanguageModel
 
     config = LlamaConfig(
         vocab_size=256,
@@ -52,7 +52,7 @@ def resnet() -> Classifier:
     """torchvision's ResNet-18, ten classes."""
     from torchvision.models import resnet18
 
-    from .models import Classifier
+    from .lightning_modules import Classifier
 
     return Classifier(resnet18(num_classes=10), learning_rate=1e-3)
 
@@ -61,7 +61,7 @@ def vit() -> Classifier:
     """timm's VisionTransformer on 64 patches, 0.8 million parameters."""
     from timm.models.vision_transformer import VisionTransformer
 
-    from .models import Classifier
+    from .lightning_modules import Classifier
 
     network = VisionTransformer(
         img_size=16,

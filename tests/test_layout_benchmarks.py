@@ -11,8 +11,9 @@ import pytest
 
 from braze.benchmarks import audit as command
 from braze.benchmarks import channels_last
-from braze.benchmarks.audit_child import ChildDied, in_child
+from braze.benchmarks.audit_child import in_child
 from braze.benchmarks.audit_models import MODELS
+from braze.benchmarks.child import ChildDied
 
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
