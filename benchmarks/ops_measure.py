@@ -30,7 +30,8 @@ QUEUED_CALLS = 20
 class Effort(NamedTuple):
     """How many rounds are timed: with warm caches, with cold ones, and of the host's part.
 
-    50 show a difference of 5 % where samples of a round differ by as much by chance; ``selfcheck`` looks whether they do.
+    50 show a difference of 5 % where two samples of a round differ by 6 % by chance (``tests/clocks.py``); ``selfcheck``
+    looks whether they do on a machine.
     """
 
     rounds: int = 50
@@ -92,7 +93,7 @@ def measure(
 
 @contextmanager
 def _settled_heap() -> Iterator[None]:
-    """What is there already is left out of further garbage collections: torch.compile's objects take 0.3 s each time."""
+    """Leave what is there already out of further collections: torch.compile's objects would take 0.3 s each time."""
     gc.collect()
     gc.freeze()
     try:

@@ -1,8 +1,8 @@
 """Paired timing: providers take turns, so that a slow minute of the machine slows all of them.
 
 One round times every provider once, in an order shuffled anew for each round; a sample is as many calls as take
-``SAMPLE_SECONDS`` or more. What is reported is the median with its quartiles, and, against a baseline, the typical ratio
-*within* a round with its confidence interval: drifts that outlast a round cancel.
+``SAMPLE_SECONDS`` or more. What is reported is the median with its quartiles, and, against a baseline, the typical
+ratio *within* a round with its confidence interval: drifts that outlast a round cancel.
 
 A clock decides what a call finds in the caches. Warm: what the calls before it left there. Cold: nothing of its own.
 """
@@ -78,9 +78,9 @@ class Samples:
         """How many times as long as ``baseline`` the ``provider`` takes.
 
         The estimate is the median of all pairs of rounds, each pair its mean, of the logarithm of the ratio (Hodges and
-        Lehmann, 1963); the interval inverts Wilcoxon's signed-rank test. In a round the order is a draw of lots, so that
-        the logarithm's distribution is symmetric for equal providers, and the interval holds whatever the noise is. It
-        needs a third fewer rounds than the interval of a median; under six rounds it is the whole range.
+        Lehmann, 1963); the interval inverts Wilcoxon's signed-rank test. In a round the order is a draw of lots, so
+        that the logarithm's distribution is symmetric for equal providers, and the interval holds whatever the noise
+        is. It needs a third fewer rounds than the interval of a median. Under six rounds it is the whole range.
         """
         logs = np.log(self._seconds[provider] / self._seconds[baseline])
         n = len(logs)
