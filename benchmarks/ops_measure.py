@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from braze.kernels.op import Call
 
-from . import memory, timing
+from . import memory, prediction, timing
 from .accuracy import Errors, Judge, tensors
 from .ceilings import Ceilings, clocks_mhz
 from .ops_case import FORWARD, Case, Function
@@ -30,8 +31,8 @@ QUEUED_CALLS = 20
 class Effort(NamedTuple):
     """How many rounds are timed: with warm caches, with cold ones, and of the host's part.
 
-    50 show a difference of 5 % where two samples of a round differ by 6 % by chance (``tests/clocks.py``); ``selfcheck``
-    looks whether they do on a machine.
+    50 show a difference of 5 % where two samples of a round differ by 6 % by chance, as on a busy machine;
+    ``selfcheck`` looks whether they do on this one.
     """
 
     rounds: int = 50
@@ -109,6 +110,12 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+@functools.cache
+def counted() -> prediction.Counts:
+    """What the audit counted, read once."""
+    return prediction.recorded()
+
+
 def _judged(case: Case, judge: Judge, name: str, one: Provider | Absent) -> Contestant | Absent:
     if isinstance(one, Absent):
         return one
@@ -149,6 +156,8 @@ def _pass(
         if name in work:
             figures |= _times(name, warm, cold, BASELINE in work) | common
             figures |= _of_ceilings(case, which, figures["median_ms"] / 1e3, ceilings)
+            predicted = name == BASELINE and ceilings and prediction.predicted_us(case, which, counted(), ceilings)
+            figures |= {"predicted_us": predicted} if predicted else {}
         figures |= {"host_us": 1e6 * host[name]} if name in host else {}
         figures |= {"peak_bytes": peaks[name]} if name in peaks else {}
         records.append(case.record(which, name, **figures))

@@ -13,9 +13,10 @@ from .records import Record
 TITLE = (
     "Milliseconds: median (quartiles), with warm and with cold caches; ÷ braze: ratio of times (95 % interval); host: "
     "microseconds of the host a call; MiB: most allocated; % of a large copy's and of a matrix product's rate in this "
-    "run; error: the largest, relative to the result's scale (!: over the budget)"
+    "run; predicted: microseconds of braze's kernels, from their counted traffic, launches and the ceilings of this "
+    "GPU; error: the largest, relative to the result's scale (!: over the budget)"
 )
-COLUMNS = ("ms", "÷ braze", "cold ms", "cold ÷ braze", "host", "MiB", "% copy", "% matmul", "error")
+COLUMNS = ("ms", "÷ braze", "cold ms", "cold ÷ braze", "host", "MiB", "% copy", "% matmul", "predicted", "error")
 
 
 def show(records: Sequence[Record]) -> None:
@@ -72,6 +73,7 @@ def _cells(record: Record) -> list[str]:
         "" if peak is None else f"{peak / 2**20:.3g}",
         _figure(record, "percent_of_copy", ".0f"),
         _figure(record, "percent_of_matmul", ".0f"),
+        _figure(record, "predicted_us", ".1f"),
         _error(record),
     ]
 
