@@ -42,7 +42,7 @@ class Effort(NamedTuple):
     compile_tiny: bool = True
 
 
-QUICK = Effort(rounds=10, cold_rounds=3, host_rounds=3, compile_tiny=False)
+QUICK = Effort(rounds=10, cold_rounds=2, host_rounds=3, compile_tiny=False)
 
 
 class Contestant(NamedTuple):

@@ -2,10 +2,10 @@
 
     time = launches · launch overhead + max(bytes / copy ceiling, products' operations / matrix ceiling)
 
-The audit counts bytes and launches in Triton's interpreter, at sizes that suit an interpreter; at another size the bytes
-are the operator's least, times what the audit found more than that. Latency, occupancy and caches are not modelled: this
-is what a kernel is to be held against, and not what it will do. Where a GPU is, its own ceilings, measured in the same
-run, take the place of the assumed ones.
+The audit counts bytes and launches in Triton's interpreter, at sizes that suit an interpreter; at another size the
+bytes are the operator's least, times what the audit found more than that. Latency, occupancy and caches are not
+modelled: this is what a kernel is to be held against, and not what it will do. Where a GPU is, its own ceilings,
+measured in the same run, take the place of the assumed ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "kernels.json"
 
 
 class Counted(NamedTuple):
-    """What the audit counted of a pass: bytes in units of the least, and kernels and PyTorch operations that move any."""
+    """What the audit counted of a pass: bytes in units of the least, and the kernels and operations that move any."""
 
     ratio: float
     launches: int
