@@ -213,7 +213,8 @@ def test_quick_sizes_are_small_and_tiny_ones_legal() -> None:
         one = case_of(op)
         assert one.least_bytes("forward", itemsize=4) <= ops_case.QUICK_BYTES * 1.01  # indices have 8 bytes
         tiny = one.tiny().call()
-        op.fn(*tiny.args, **tiny.kwargs)
+        for function in (op.fn, op.aten):
+            function(*tiny.args, **tiny.kwargs)
 
 
 def test_quick_run_of_one_operator(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,8 +65,8 @@ def test_providers_take_turns() -> None:
     clock = FakeClock()
     works = providers(clock, a=3e-3, b=3e-3, c=3e-3)
     timing.compare(works, clock, rounds=5)
-    rounds = [clock.order[i : i + 3] for i in range(3, 18, 3)]  # the first three find the repetitions
-    assert len(clock.order) == 18
+    rounds = [clock.order[i : i + 3] for i in range(9, 24, 3)]  # the first nine find the repetitions
+    assert len(clock.order) == 24
     assert all(set(one) == set(works.values()) for one in rounds)
     assert any(one != other for one, other in pairwise(rounds))
 
@@ -81,6 +81,26 @@ def test_a_sample_is_long_enough() -> None:
 
     timing.compare(providers(clock, a=1e-6), recording, rounds=4)
     assert all(seconds >= timing.SAMPLE_SECONDS for seconds in seen[-4:])
+
+
+def test_an_interruption_does_not_shorten_samples() -> None:
+    clock = FakeClock()
+    works = providers(clock, a=1e-4, b=1e-4)
+    lengths: dict[timing.Work, list[int]] = {work: [] for work in works.values()}
+
+    def interrupted(work: timing.Work, repetitions: int) -> float:
+        lengths[work].append(repetitions)
+        first = work is works["a"] and len(lengths[work]) == 1
+        return clock(work, repetitions) + (0.03 if first else 0.0)
+
+    timing.compare(works, interrupted, rounds=2)
+    assert lengths[works["a"]][-1] == lengths[works["b"]][-1] == 20
+
+
+def test_what_takes_long_is_tried_twice() -> None:
+    clock = FakeClock()
+    timing.compare(providers(clock, a=10.0), clock, rounds=2)
+    assert len(clock.order) == 4
 
 
 @pytest.mark.parametrize("clock", [timing.cpu_clock, timing.clocks_for(CPU).cold], ids=["warm", "cold"])
