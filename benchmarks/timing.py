@@ -191,9 +191,10 @@ class CudaClock:
 class WarmCudaClock:
     """Time on the device of calls back to back, which find in the L2 cache what the one before left there.
 
-    The calls of a sample are captured in one CUDA graph, which needs no host: the device alone bounds small sizes. What
-    refuses to be captured, and a backward pass, whose graphs are prepared anew for each sample, is queued behind writes
-    of a large buffer instead, as in :class:`CudaClock`.
+    The calls of a sample are captured in one CUDA graph, which needs no host: the device alone bounds small sizes.
+    What refuses to be captured, and a backward pass, whose graphs are prepared anew for each sample, is queued behind
+    writes of a large buffer instead, as in :class:`CudaClock`; of what takes the host longer than those, the host's
+    time shows.
     """
 
     #: Writes of the buffer, 256 MiB or more, that are queued ahead: 0.1 ms each on an H100.
@@ -266,23 +267,23 @@ def clock_for(device: torch.device) -> Clock:
 
 
 def _repetitions(work: Work, clock: Clock) -> int:
-    """As many calls as take ``SAMPLE_SECONDS`` where nothing interrupts them: by the quickest of three tries.
+    """As many calls as take ``SAMPLE_SECONDS`` where nothing interrupts them, by the quickest of all tries.
 
-    Equal works must get equal samples. One that takes a single call, since that was interrupted when it was tried, was
-    seen to look six times as fast as its equal on a busy machine: a short sample is often missed by interruptions, and
-    a long one never.
+    Equal works must get samples of equal length. Interruptions often miss a short one and never a long one: on a machine
+    with five processes for each core, equal works whose lengths came from one try each seemed to differ six times.
     """
     for call in ready(work, 1):
         call()  # compiles, allocates
-    repetitions = 1
-    while True:
-        seconds = min(clock(work, repetitions), clock(work, repetitions))
-        if seconds > 100 * SAMPLE_SECONDS:
-            return repetitions
-        seconds = min(seconds, clock(work, repetitions))
-        if seconds >= SAMPLE_SECONDS:
-            return math.ceil(repetitions * SAMPLE_SECONDS / seconds)
+    repetitions, quickest = 1, _quickest(work, clock, 1)
+    while repetitions * quickest < SAMPLE_SECONDS:
         repetitions *= 2
+        quickest = min(quickest, _quickest(work, clock, repetitions))
+    return math.ceil(SAMPLE_SECONDS / quickest)
+
+
+def _quickest(work: Work, clock: Clock, repetitions: int) -> float:
+    """Seconds a call: two tries, of which one may be interrupted."""
+    return min(clock(work, repetitions), clock(work, repetitions)) / repetitions
 
 
 @contextmanager
