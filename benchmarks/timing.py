@@ -269,8 +269,9 @@ def clock_for(device: torch.device) -> Clock:
 def _repetitions(work: Work, clock: Clock) -> int:
     """As many calls as take ``SAMPLE_SECONDS`` where nothing interrupts them, by the quickest of all tries.
 
-    Equal works must get samples of equal length. Interruptions often miss a short one and never a long one: on a machine
-    with five processes for each core, equal works whose lengths came from one try each seemed to differ six times.
+    Equal works must get samples of equal length. Interruptions often miss a short one and never a long one: on a
+    machine with five processes for each core, equal works whose lengths came from one try each seemed to differ six
+    times.
     """
     for call in ready(work, 1):
         call()  # compiles, allocates
