@@ -21,6 +21,7 @@ WITHOUT_MEASURING = ("report", "gpu")
 COMMANDS = {
     "kernels": "judge every Triton kernel with no GPU: bytes moved, registers, spills, access width",
     "ops": "time every operator against plain ATen and torch.compile, with its error beside its speed",
+    "selfcheck": "what the harness says of two equal providers, of one that is 5 % slower, and of a wrong one",
     "losses": "memory and time of a linear layer and its cross-entropy, with and without logits",
     "optim": "time a step of every optimizer against torch.optim's three forms, and count what its kernels move",
     "loaders": "time collating, crossing from a worker and normalizing against torch, timm and torchvision",

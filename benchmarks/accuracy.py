@@ -4,7 +4,8 @@ Errors are max |got − truth| / max |truth|, for each output and each gradient.
 
     slack · (the error of the plain reference in the dtype under test + one rounding step)
 
-The plain reference's error is the largest of a few runs on rescaled inputs: on a scalar it can be zero by luck.
+The plain reference's error is the largest of a few runs on rescaled inputs and cotangents: on a scalar it can be zero
+by luck.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 from braze.kernels import use_backend
 from braze.kernels.op import Call, Op
 
-RESCALED = (1.0, 0.9, 1.1)
+RESCALED = (1.0, 0.9, 1.1, 1.3)
 
 
 class Errors(NamedTuple):
@@ -27,7 +28,16 @@ class Errors(NamedTuple):
 
     outputs: float
     gradients: float | None
-    wrong: str | None
+    over: tuple[str, ...]
+
+    @property
+    def wrong(self) -> str | None:
+        """What was over the budget, in words; None if nothing was."""
+        return "; ".join(self.over) or None
+
+    def of_outputs(self) -> Errors:
+        """What a forward pass is judged by."""
+        return Errors(self.outputs, None, tuple(one for one in self.over if one.startswith("output")))
 
 
 class Judge:
@@ -39,11 +49,11 @@ class Judge:
             outputs = tensors(op.fn(*call.args, **call.kwargs))
         generator = torch.Generator().manual_seed(1)
         self.cotangents = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in outputs]
-        self.truth = self._reference(self._rescaled(1.0, torch.float64))
+        self.truth = self._reference(1.0, torch.float64)
         self.budget = [0.0] * len(self.truth)
         for scale in RESCALED:
-            plain = self._reference(self._rescaled(scale))
-            truth = self.truth if scale == 1.0 else self._reference(self._rescaled(scale, torch.float64))
+            plain = self._reference(scale)
+            truth = self.truth if scale == 1.0 else self._reference(scale, torch.float64)
             for i, (value, wanted) in enumerate(zip(plain, truth, strict=True)):
                 allowed = op.slack * (error(value, wanted) + torch.finfo(value.dtype).eps)
                 self.budget[i] = max(self.budget[i], allowed)
@@ -55,22 +65,21 @@ class Judge:
         found = [error(value, wanted) for value, wanted in zip(got, self.truth, strict=False)]
         count = len(self.cotangents)
         names = [f"output {i}" for i in range(count)] + [f"gradient {i}" for i in range(len(self.truth) - count)]
-        over = [
+        over = tuple(
             f"{name}: error {one:.2g}, budget {budget:.2g}"
             for name, one, budget in zip(names, found, self.budget, strict=False)
             if not one <= budget
-        ]
-        return Errors(
-            max(found[:count]), max(found[count:], default=0.0) if gradients else None, "; ".join(over) or None
         )
+        return Errors(max(found[:count]), max(found[count:], default=0.0) if gradients else None, over)
 
-    def _reference(self, call: Call) -> list[Tensor]:
+    def _reference(self, scale: float, dtype: torch.dtype | None = None) -> list[Tensor]:
         with use_backend("eager"):
-            return self._results(self.op.fn, call)
+            return self._results(self.op.fn, self._rescaled(scale, dtype), scale)
 
-    def _results(self, fn: Callable[..., Any], call: Call) -> list[Tensor]:
+    def _results(self, fn: Callable[..., Any], call: Call, scale: float = 1.0) -> list[Tensor]:
         outputs = tensors(fn(*call.args, **call.kwargs))
-        cotangents = [c.to(y.dtype) for c, y in zip(self.cotangents, outputs, strict=True)]
+        # Rescaled in their own dtype: the truth gets the cotangents that the plain reference got.
+        cotangents = [(c * scale).to(y.dtype) for c, y in zip(self.cotangents, outputs, strict=True)]
         wanted = leaves(call)
         gradients = torch.autograd.grad(outputs, wanted, cotangents) if wanted else ()
         return [*(y.detach() for y in outputs), *gradients]

@@ -2,7 +2,7 @@
 
 Traffic comes from Triton's interpreter, machine code from its compiler (``braze.kernels.audit``). Each row of the
 table is one kernel of one pass and says the worst that was found over the variants, dtypes and sizes; ``--json`` keeps
-them apart.
+them apart. The last table predicts times at the benchmark sizes on GPUs that are not here (``prediction.py``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -18,7 +19,7 @@ from braze.kernels.audit.cases import audited_operators
 from braze.kernels.audit.child import audit
 from braze.kernels.audit.machine_code import TARGETS
 
-from . import tables
+from . import ops_case, prediction, tables
 from .records import Record
 
 #: Above this ratio a reason must stand beside the operator.
@@ -54,7 +55,43 @@ def run(arguments: argparse.Namespace) -> list[Record]:
         ]
     console.print(_kernels(records))
     console.print(_reasons(records))
-    return [{**record, "shape": _shape(record["shape"])} for record in records]
+    predictions = predict(prediction.counts(records))
+    console.print(_predictions(predictions))
+    return [{**record, "shape": _shape(record["shape"])} for record in records] + predictions
+
+
+def predict(counted: prediction.Counts) -> list[Record]:
+    """A record for each assumed GPU, benchmark size, dtype and pass of every operator that was counted."""
+    found = []
+    for case in ops_case.cases(audited_operators(), (torch.bfloat16, torch.float32), torch.device("cpu"), quick=False):
+        for gpu, ceilings in prediction.ASSUMED.items():
+            for which in case.passes():
+                microseconds = prediction.predicted_us(case, which, counted, ceilings)
+                if microseconds is not None:
+                    facts = case.record(which, "triton", measure="prediction", predicted_us=microseconds)
+                    found.append({**facts, "benchmark": "kernels", "device": f"{gpu}, assumed"})
+    return found
+
+
+def _predictions(records: Iterable[Record]) -> Table:
+    assumed = "; ".join(
+        f"{gpu} copies {c.copy_gbs / 1e3:.2f} TB/s, multiplies {c.matmul_tflops['torch.bfloat16']:.0f} TFLOP/s "
+        f"(bfloat16) and {c.matmul_tflops['torch.float32']:.0f} (float32), {c.launch_us:.0f} µs a launch"
+        for gpu, c in prediction.ASSUMED.items()
+    )
+    title = f"Predicted microseconds from counted traffic and launches, not measured. Assumed: {assumed}"
+    table = Table(title=title)
+    for name in ("op", "shape", "dtype", "pass"):
+        table.add_column(name, no_wrap=True)
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for record in records:
+        row = tuple(record[name] for name in ("op", "shape", "dtype", "pass"))
+        rows.setdefault(row, []).append(f"{record['predicted_us']:.1f}")
+    for gpu in prediction.ASSUMED:
+        table.add_column(gpu, justify="right")
+    for row, cells in rows.items():
+        table.add_row(*row, *cells)
+    return table
 
 
 def _onto(bar: Progress, label: str) -> Callable[[int, int], None]:

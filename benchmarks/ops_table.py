@@ -3,56 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from . import tables
+from .records import Record
 
-Record = dict[str, Any]
-PROVIDERS = ("aten", "compiled", "braze")
-SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+TITLE = (
+    "Milliseconds: median (quartiles), with warm and with cold caches; ÷ braze: ratio of times (95 % interval); host: "
+    "microseconds of the host a call; MiB: most allocated; % of a large copy's and of a matrix product's rate in this "
+    "run; predicted: microseconds of braze's kernels, from their counted traffic, launches and the ceilings of this "
+    "GPU; error: the largest, relative to the result's scale (!: over the budget)"
+)
+COLUMNS = ("ms", "÷ braze", "cold ms", "cold ÷ braze", "host", "MiB", "% copy", "% matmul", "predicted", "error")
 
 
 def show(records: Sequence[Record]) -> None:
-    """Print one row for each operator, shape, dtype and pass; the geometric means; what is over budget or absent."""
+    """Print a row for each provider of each case and pass; the geometric means; what is over budget or absent."""
     console = tables.console()
-    rows: dict[tuple[str, ...], dict[str, Record]] = {}
-    for record in records:
-        if record["benchmark"] == "ops":
-            key = tuple(record[name] for name in ("op", "shape", "dtype", "pass"))
-            rows.setdefault(key, {})[record["provider"]] = record
-    console.print(_times(rows))
+    measured = [r for r in records if r["benchmark"] == "ops"]
+    console.print(_times([r for r in measured if "median_ms" in r or "implementation" in r]))
     console.print(_means([r for r in records if r["benchmark"] == "ops geometric mean"]))
-    for key, row in rows.items():
-        for provider, record in row.items():
-            if record["status"] != "ok":
-                console.print(" ".join(key), f"[bold]{provider}[/]", record["status"], highlight=False)
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for record in measured:
+        if record["status"] != "ok":
+            where = f"{record['op']} {record['shape']} {record['dtype']}"
+            reasons.setdefault((record["provider"], record["status"]), []).append(where)
+    for (provider, status), places in reasons.items():
+        first, *others = dict.fromkeys(places)
+        more = f" and {len(others)} more" if others else ""
+        console.print(f"[bold]{provider}[/]", status, f"[dim]({first}{more})[/]", highlight=False)
 
 
-def _times(rows: dict[tuple[str, ...], dict[str, Record]]) -> Table:
-    table = Table(
-        box=box.SIMPLE,
-        title="Median milliseconds; ratio of times (95 % interval); largest error relative to the result's scale "
-        "(!: over the budget)",
-    )
-    for name in ("op", "shape", "dtype", "pass"):
+def _times(records: Sequence[Record]) -> Table:
+    table = Table(box=box.SIMPLE, title=TITLE)
+    for name in ("op, shape, dtype", "pass", "provider"):
         table.add_column(name, no_wrap=True)
-    for name in (*PROVIDERS, "copy", "runs", "aten/braze", "compiled/braze"):
+    for name in COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
-    for name in PROVIDERS:
-        table.add_column(f"{name}\nerror", justify="right", no_wrap=True)
-    previous = None
-    for key, row in rows.items():
-        if previous not in (None, key[0]):
+    previous: tuple[str, ...] = ("", "")
+    for record in records:
+        case = " ".join(record[name] for name in ("op", "shape", "dtype"))
+        place = case, record["pass"]
+        if previous[0] not in ("", case):
             table.add_section()
-        previous = key[0]
-        cells = [_milliseconds(row.get(p)) for p in (*PROVIDERS, "copy")]
-        ran = row["braze"].get("implementation", "")
-        ratios = [_ratio(row.get(p)) for p in ("aten", "compiled")]
-        table.add_row(*key[:3], SHORT[key[3]], *cells, ran, *ratios, *(_error(row.get(p)) for p in PROVIDERS))
+        shown = [new if new != old or place[0] != previous[0] else "" for new, old in zip(place, previous, strict=True)]
+        previous = place
+        provider = record["provider"]
+        ran = f" ({record['implementation']})" if provider == "braze" else ""
+        table.add_row(*shown, provider + ran, *_cells(record))
     return table
+
+
+def _cells(record: Record) -> list[str]:
+    if "median_ms" not in record:
+        return [f"[bold red]{record['status'].split(':')[0]}[/]", *[""] * (len(COLUMNS) - 2), _error(record)]
+    quartiles = f" [dim]({record['quartile_low_ms']:.3g}, {record['quartile_high_ms']:.3g})[/]"
+    ratio = ""
+    if "ratio" in record:
+        ratio = f"{record['ratio']:.2f} [dim]({record['ratio_low']:.2f}, {record['ratio_high']:.2f})[/]"
+    peak = record.get("peak_bytes")
+    return [
+        f"{record['median_ms']:.3g}{quartiles}",
+        ratio,
+        _figure(record, "cold_median_ms", ".3g"),
+        _figure(record, "cold_ratio", ".2f"),
+        _figure(record, "host_us", ".0f"),
+        "" if peak is None else f"{peak / 2**20:.3g}",
+        _figure(record, "percent_of_copy", ".0f"),
+        _figure(record, "percent_of_matmul", ".0f"),
+        _figure(record, "predicted_us", ".1f"),
+        _error(record),
+    ]
+
+
+def _figure(record: Record, name: str, form: str) -> str:
+    return format(record[name], form) if record.get(name) is not None else ""
 
 
 def _means(means: Sequence[Record]) -> Table:
@@ -67,23 +94,9 @@ def _means(means: Sequence[Record]) -> Table:
     return table
 
 
-def _milliseconds(record: Record | None) -> str:
-    if record is None:
-        return "-"
-    if "median_ms" not in record:
-        return f"[bold red]{record['status'].split(':')[0]}[/]"
-    return f"{record['median_ms']:.3g}" if record["median_ms"] < 1000 else f"{record['median_ms']:.0f}"
-
-
-def _ratio(record: Record | None) -> str:
-    if record is None or "ratio" not in record:
-        return "-"
-    return f"{record['ratio']:.2f} [dim]({record['ratio_low']:.2f}, {record['ratio_high']:.2f})[/]"
-
-
-def _error(record: Record | None) -> str:
-    if record is None or "error_outputs" not in record:
-        return "-"
+def _error(record: Record) -> str:
+    if "error_outputs" not in record:
+        return ""
     gradients = record["error_gradients"]
     largest = record["error_outputs"] if gradients is None else max(record["error_outputs"], gradients)
     return f"{largest:.1e}{'' if record['status'] == 'ok' else '[bold red]![/]'}"

@@ -19,6 +19,7 @@ def console() -> Console:
     return found
 
 
-def ratio(record: Mapping[str, Any]) -> str:
+def ratio(record: Mapping[str, Any], decimals: int = 2) -> str:
     """A record's ratio and its 95 % interval."""
-    return f"{record['ratio']:.2f} ({record['ratio_low']:.2f} … {record['ratio_high']:.2f})"
+    value, low, high = (f"{record[name]:.{decimals}f}" for name in ("ratio", "ratio_low", "ratio_high"))
+    return f"{value} ({low} … {high})"
