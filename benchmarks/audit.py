@@ -48,8 +48,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
             bar.update(task, description=model)
             if model not in found:
                 found[model] = measure(model)
-                if path is not None:
-                    records.write(path, "audit", list(found.values()))
+                arguments.keep(list(found.values()))
             bar.advance(task)
     shown = [found[model] for model in models]
     for table in (_models(shown), _totals(shown)):

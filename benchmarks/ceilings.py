@@ -33,6 +33,12 @@ class Ceilings(NamedTuple):
         """The ceiling of a dtype, if it was measured."""
         return self.matmul_tflops.get(str(dtype))
 
+    def seconds(self, dtype: torch.dtype, moved: float, flops: float) -> float | None:
+        """The roofline: of the bytes, or of the matrix products if those take longer; None if theirs is not known."""
+        copying = moved / (1e9 * self.copy_gbs)
+        ceiling = self.matmul(dtype) if flops else float("inf")
+        return None if ceiling is None else max(copying, flops / (1e12 * ceiling))
+
 
 def measure(device: torch.device, dtypes: Sequence[torch.dtype]) -> Ceilings:
     """Medians of a few large copies and products. A GPU's are timed after a flush of its L2 cache."""

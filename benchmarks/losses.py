@@ -90,7 +90,7 @@ def measure(size: Size, rounds: int, clock: timing.Clock | None = None, device: 
     apart = {name: max(map(_difference, work(loss), wanted)) for name, loss in losses.items()}  # compiles, too
     del wanted
     works = {name: functools.partial(work, loss) for name, loss in losses.items()}
-    peaks = {name: _peak(own, device) - gradients for name, own in works.items()}
+    peaks = {name: memory.peak(own, torch.device(device)) - gradients for name, own in works.items()}
     samples = timing.compare(works, clock or timing.clock_for(torch.device(device)), rounds)
     records = []
     for name in losses:
@@ -111,15 +111,6 @@ def measure(size: Size, rounds: int, clock: timing.Clock | None = None, device: 
             }
         )
     return records
-
-
-def _peak(work: Callable[[], object], device: str) -> int:
-    if device == "cpu":
-        return memory.peak(work)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    work()
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _difference(ours: Tensor, wanted: Tensor) -> float:

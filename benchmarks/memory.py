@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,20 @@ def most_allocated(profiler: profile) -> int:
     return _most(_events(profiler), 0.0, float("inf"))
 
 
-def peak(work: Callable[[], object]) -> int:
-    """The most bytes that a call of ``work`` has allocated at one time, on the CPU."""
-    return peaks({"": work}, torch.device("cpu"))[""]
+def available(device: torch.device) -> int:
+    """The bytes that may be filled on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def peak(work: timing.Work, device: torch.device) -> int:
+    """The most bytes that a call of ``work`` has allocated at one time, above what was there before."""
+    return peaks({"": work}, device)[""]
 
 
 def peaks(works: Mapping[str, timing.Work], device: torch.device) -> dict[str, int]:
-    """The same for each of several works, on any device, above what was there before its call."""
+    """The same for each of several works."""
     gc.collect()  # what a cycle keeps would be freed within a call, and count as negative
     if device.type == "cuda":
         return {name: _cuda_peak(work, device) for name, work in works.items()}

@@ -24,9 +24,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import timing
+from . import memory, timing
 from .model_providers import BRAZE, LIKE, NAMES, VANILLA, Absent, Learner, Task, learner
-from .ops import _memory, device_name
+from .ops_case import device_name
 from .records import Record
 from .workloads import WORKLOADS, Scale, shape
 
@@ -235,7 +235,7 @@ def _groups(task: Task) -> list[list[str]]:
     """The providers, pairs together and braze in each, as many at a time as there is memory for copies of the model."""
     pairs = [[name, *([LIKE[name]] if LIKE[name] != BRAZE else [])] for name in NAMES if name in LIKE]
     parameters = sum(p.numel() for p in task.model.parameters())
-    fit = int(SHARE * _memory(task.device) / (PARAMETER_BYTES * parameters))
+    fit = int(SHARE * memory.available(task.device) / (PARAMETER_BYTES * parameters))
     groups = [[BRAZE]]
     for pair in pairs:
         if len(groups[-1]) > 1 and len(groups[-1]) + len(pair) > fit:

@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from braze.lightning_ext import FusedPrecision
 
-from .memory import most_allocated
-from .model_providers import BRAZE, Task, adamw, cuda_peak
+from . import memory
+from .model_providers import BRAZE, Task, adamw
 
 #: Steps whose memory is looked at: the gradients of one live on through the next one's forward pass.
 MEASURED = 2
@@ -55,14 +55,14 @@ class LightningLearner:
         for p in self._module.parameters():
             p.grad = None
         if self._task.device.type == "cuda":
-            return cuda_peak(lambda: [self.step() for _ in range(MEASURED)])
+            return memory.peak(lambda: [self.step() for _ in range(MEASURED)], self._task.device)
         gc.collect()
         profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._step(profiler.start)  # it sees the thread that starts it
         for _ in range(MEASURED - 1):
             self.step()
         self._step(profiler.stop)
-        return most_allocated(profiler)
+        return memory.most_allocated(profiler)
 
     def close(self) -> None:
         """End the fit."""

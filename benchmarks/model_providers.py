@@ -91,7 +91,7 @@ class Learner:
 
     def peak(self, work: Callable[[], object]) -> int:
         """The most bytes that ``work`` has allocated at one time, beyond what was there before."""
-        return cuda_peak(work) if self.task.device.type == "cuda" else memory.peak(work)
+        return memory.peak(work, self.task.device)
 
     def close(self) -> None:
         """Nothing to end."""
@@ -114,16 +114,6 @@ def adamw(name: str, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a provider."""
     make = optim.AdamW if name.startswith(BRAZE) else torch.optim.AdamW
     return make(model.parameters(), lr=LEARNING_RATE)
-
-
-def cuda_peak(work: Callable[[], object]) -> int:
-    """The most bytes that ``work`` has allocated at one time on the GPU, beyond what was there before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 Around = Callable[[], AbstractContextManager[Any]]

@@ -24,7 +24,7 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import records, tables
+from . import tables
 from .child import ChildDied, messages
 from .model_child import Stage, measure
 from .model_providers import LIKE
@@ -73,8 +73,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
                     bar.update(task, description=f"{name}: {message.text}")
                     continue
                 found.append(message)
-                if arguments.json:
-                    records.write(arguments.json, "models", found)
+                arguments.keep(found)
             bar.advance(task)
     show(found)
     return found

@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
         for case in todo:
             progress.update(task, description=f"{case.op.name} {dict(case.dims)}")
             records += measure(case, QUICK if arguments.quick else Effort(), found, only=arguments.provider or ())
+            arguments.keep(records)
             progress.advance(task)
     records += geometric_means(records)
     ops_table.show(records)

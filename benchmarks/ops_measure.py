@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -15,15 +14,13 @@ from torch import Tensor
 from braze.kernels.op import Call
 
 from . import memory, prediction, timing
-from .accuracy import Errors, Judge, tensors
+from .accuracy import TRUTH_COPIES, Errors, Judge, tensors
 from .ceilings import Ceilings, clocks_mhz
 from .ops_case import FORWARD, Case, Function
 from .providers import AUTOTUNED, BASELINE, COMPILED, Absent, Provider, providers
 from .records import Record
 
 COPY = "copy"
-#: Operands in float64 that the truth holds at once, forward and backward, in units of the forward pass's own.
-TRUTH_COPIES = 6
 #: Calls in one sample of a GPU's host time: well under the thousand kernels or so after which queueing waits.
 QUEUED_CALLS = 20
 
@@ -70,7 +67,7 @@ def measure(
     also: Mapping[str, Provider] | None = None,
 ) -> list[Record]:
     """Time all providers of one case that are right, after a look at their results; ``also`` these further ones."""
-    needed, free = TRUTH_COPIES * case.least_bytes(FORWARD, itemsize=8), memory_of(case.device)
+    needed, free = TRUTH_COPIES * case.least_bytes(FORWARD, itemsize=8), memory.available(case.device)
     if needed > free:
         status = f"skipped: the float64 truth needs about {needed / 1e9:.0f} GB, there are {free / 1e9:.0f}"
         return [case.record(which, BASELINE, status=status) for which in case.passes()]
@@ -101,13 +98,6 @@ def _settled_heap() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def memory_of(device: torch.device) -> int:
-    """The bytes that may be filled on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 @functools.cache

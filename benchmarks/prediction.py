@@ -64,11 +64,7 @@ def predicted_us(case: Case, which: str, counted: Counts, ceilings: Ceilings) ->
     found = counted.get((case.op.name, which, str(case.dtype).removeprefix("torch.")))
     if found is None or ceilings.launch_us is None:
         return None
-    seconds = found.ratio * case.least_bytes(which) / (1e9 * ceilings.copy_gbs)
-    forward, both = case.matmul_flops(FORWARD), case.matmul_flops(BOTH)
-    if forward and both:
-        ceiling = ceilings.matmul(case.dtype)
-        if ceiling is None:
-            return None
-        seconds = max(seconds, (forward if which == FORWARD else both - forward) / (1e12 * ceiling))
-    return found.launches * ceilings.launch_us + 1e6 * seconds
+    forward, both = case.matmul_flops(FORWARD) or 0, case.matmul_flops(BOTH) or 0
+    flops = forward if which == FORWARD else both - forward
+    seconds = ceilings.seconds(case.dtype, found.ratio * case.least_bytes(which), flops)
+    return None if seconds is None else found.launches * ceilings.launch_us + 1e6 * seconds

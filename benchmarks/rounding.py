@@ -97,15 +97,23 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     console = Console()
     columns = (TextColumn("{task.description:46}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        runs = [train(title, seed, steps, progress) for seed in seeds for title in WAYS]
-    return report(runs, arguments.plot, console)
+        runs: list[Run] = []
+        for seed, title in itertools.product(seeds, WAYS):
+            runs.append(train(title, seed, steps, progress))
+            arguments.keep(records_of(runs))
+    report(runs, arguments.plot, console)
+    return records_of(runs)
 
 
-def report(runs: list[Run], plot: Path, console: Console) -> list[Record]:
-    """Print the table, draw the curves, and return the records."""
+def report(runs: list[Run], plot: Path, console: Console) -> None:
+    """Print the table and draw the curves."""
     console.print(_table(runs))
     _plot(runs, plot)
     console.print(f"loss curves: {plot}")
+
+
+def records_of(runs: list[Run]) -> list[Record]:
+    """A record for each run, beside the float32 run of its seed."""
     return [
         {
             "benchmark": "rounding",

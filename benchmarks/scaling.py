@@ -27,10 +27,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from braze.kernels import OPS, dispatch
 from braze.kernels.op import Call, Dims, Draw, Op
 
-from . import memory, records, scaling_report, tables, timing
-from .accuracy import Judge, leaves, tensors
-from .model_providers import cuda_peak
-from .ops import TRUTH_COPIES, _memory, device_name
+from . import ceilings, memory, scaling_report, tables, timing
+from .accuracy import TRUTH_COPIES, Judge, leaves, tensors
+from .ceilings import Ceilings
+from .ops_case import device_name
 from .records import Record
 
 PASS = "forward+backward"
@@ -40,9 +40,6 @@ ROUNDS, QUICK_ROUNDS = 15, 5
 QUICK_SIZES = 3
 #: The sizes at the end whose times the slope is fitted to.
 UPPER = 3
-#: Bytes of the buffer that is copied, and the side of the matrices that are multiplied, for the ceilings.
-COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
-MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -142,18 +139,6 @@ SWEEPS = (
 )
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """How fast this machine copies (read and written) and multiplies: 10⁹ bytes and 10¹² operations a second."""
-
-    copy_gbs: float
-    matmul_tflops: float
-
-    def seconds(self, least_bytes: int, flops: int) -> float:
-        """The roofline."""
-        return max(least_bytes / self.copy_gbs / 1e9, flops / self.matmul_tflops / 1e12)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--device``, ``--op`` and ``--plot``."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -172,7 +157,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     sweeps = [sweep for sweep in SWEEPS if not arguments.op or sweep.op in arguments.op]
     rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
     sizes = {sweep: getattr(sweep, device.type)[: QUICK_SIZES if arguments.quick else None] for sweep in sweeps}
-    limits = ceilings(device, _dtype(device), timing.clock_for(device))
+    limits = ceilings.measure(device, [_dtype(device)])
     found: list[Record] = []
     columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # A size has its own compilation of the same plain function; past the limit torch.compile would go eager, silently.
@@ -183,8 +168,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
             for of_size in measure(sweep, sizes[sweep], device, limits, rounds, timing.clock_for(device)):
                 found += of_size
                 bar.advance(task)
-                if arguments.json:
-                    records.write(arguments.json, "scaling", found)
+                arguments.keep(found)
     found += slopes(found)
     scaling_report.show(found)
     scaling_report.plot(found, arguments.plot)
@@ -213,6 +197,7 @@ def measure(
         timed = {name: fn for name, fn in functions.items() if name != BRAZE or name not in wrong}
         figures = _figures(sweep.call(size, _dtype(device), device), timed, device, rounds, clock)
         least, dtype = sweep.least_bytes(size, _dtype(device).itemsize), _dtype(device)
+        roofline = limits.seconds(dtype, least, sweep.flops(size))
         yield [
             {
                 "benchmark": "scaling",
@@ -229,8 +214,8 @@ def measure(
                 "judged": size in checked,
                 "least_bytes": least,
                 "copy_ceiling_gbs": limits.copy_gbs,
-                "matmul_ceiling_tflops": limits.matmul_tflops,
-                "roofline_ms": 1e3 * limits.seconds(least, sweep.flops(size)),
+                "matmul_ceiling_tflops": limits.matmul(dtype),
+                "roofline_ms": None if roofline is None else 1e3 * roofline,
                 **figures.get(name, {}),
             }
             for name in PROVIDERS
@@ -241,23 +226,12 @@ def judge(
     sweep: Sweep, size: int, functions: Mapping[str, Callable[..., Any]], device: torch.device
 ) -> dict[str, str] | None:
     """What is wrong with whom at a size; None where the truth does not fit into memory."""
-    if TRUTH_COPIES * sweep.least_bytes(size, 8) > _memory(device):
+    if TRUTH_COPIES * sweep.least_bytes(size, 8) > memory.available(device):
         return None
     call = sweep.call(size, _dtype(device), device)
     truth = Judge(sweep.operator, call)
     errors = {name: truth.errors(fn, gradients=True) for name, fn in functions.items()}
     return {name: f"at {size}, {one.wrong}" for name, one in errors.items() if one.wrong}
-
-
-def ceilings(device: torch.device, dtype: torch.dtype, clock: timing.Clock) -> Ceilings:
-    """Measure both: the medians of a few large copies and products."""
-    source = torch.ones(COPY_BYTES[device.type], dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    n = MATMUL_SIDE[device.type]
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    samples = timing.compare({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, clock, QUICK_ROUNDS)
-    copy, matmul = (samples.quartiles(name).median for name in ("copy", "matmul"))
-    return Ceilings(2 * source.numel() / copy / 1e9, 2 * n**3 / matmul / 1e12)
 
 
 def slopes(found: Sequence[Record]) -> list[Record]:
@@ -321,7 +295,7 @@ def _figures(
         if BRAZE in works and name != BRAZE:
             ratio = samples.ratio(name, BRAZE)
             figures |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
-        peak = cuda_peak(one) if device.type == "cuda" else memory.peak(one)
+        peak = memory.peak(one, device)
         floor = sum(x.numel() * x.element_size() for x in wanted)
         found[name] = {**figures, "rounds": rounds, "peak_bytes": peak, "gradient_bytes": floor}
     return found

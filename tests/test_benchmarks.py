@@ -57,7 +57,8 @@ def test_roundings_are_compared_with_float32_of_the_same_seed(
         for seed in range(2)
         for place, title in enumerate(rounding.WAYS)
     ]
-    records = rounding.report(runs, tmp_path / "plot.png", Console(width=200))
+    records = rounding.records_of(runs)
+    rounding.report(runs, tmp_path / "plot.png", Console(width=200))
     assert len(records) == len(runs)
     for record, run in zip(records, runs, strict=True):
         place = list(rounding.WAYS).index(run.title)

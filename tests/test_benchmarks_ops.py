@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from braze.benchmarks import accuracy, ops, ops_case, ops_measure, ops_table, peers, providers, timing
+from braze.benchmarks import accuracy, memory, ops, ops_case, ops_measure, ops_table, peers, providers, timing
 from braze.benchmarks.ceilings import Ceilings
 from braze.kernels import OPS
 from braze.kernels.op import Op
@@ -173,7 +173,7 @@ def test_what_cannot_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_truth_that_does_not_fit_is_skipped_visibly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops_measure, "memory_of", lambda _: 1)
+    monkeypatch.setattr(memory, "available", lambda _: 1)
     found = measured(RMS_NORM)
     assert len(found) == 3
     assert all(r["status"].startswith("skipped: ") for r in found.values())
@@ -223,8 +223,10 @@ def test_quick_run_of_one_operator(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(ops.ceilings, "measure", lambda *_: CEILINGS)
     parser = argparse.ArgumentParser()
     ops.add_arguments(parser)
-    arguments = parser.parse_args(["--op", "rms_norm", "--device", "cpu"], argparse.Namespace(quick=True))
-    records = ops.run(arguments)
+    kept: list[int] = []
+    given = argparse.Namespace(quick=True, keep=lambda found: kept.append(len(found)))
+    records = ops.run(parser.parse_args(["--op", "rms_norm", "--device", "cpu"], given))
+    assert len(kept) == 2, "after each case"
     assert all(isinstance(v, str | int | float | None) for r in json.loads(json.dumps(records)) for v in r.values())
     timed = {(r["provider"], r["pass"], r["dtype"]) for r in records if "median_ms" in r}
     assert len(timed) == 4 * 3

@@ -154,7 +154,7 @@ def test_the_peak_counts_what_is_alive_together() -> None:
         third = torch.empty(2 << 20, dtype=torch.uint8)
         del second, third
 
-    assert memory.peak(work) == 4 << 20
+    assert memory.peak(work, torch.device("cpu")) == 4 << 20
 
 
 def test_peaks_are_each_work_s_own_and_without_what_was_prepared() -> None:

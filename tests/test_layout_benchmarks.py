@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from braze.benchmarks import audit as command
-from braze.benchmarks import channels_last
+from braze.benchmarks import channels_last, records
 from braze.benchmarks.audit_child import in_child
 from braze.benchmarks.audit_models import MODELS
 from braze.benchmarks.child import ChildDied
@@ -64,7 +65,8 @@ def test_a_stopped_run_goes_on(
 
     monkeypatch.setattr(command, "measure", measure)
     file = tmp_path / "audit.json"
-    arguments = argparse.Namespace(model=["a", "b", "c"], quick=False, fresh=False, json=file)
+    keep = functools.partial(records.write, file, "audit")
+    arguments = argparse.Namespace(model=["a", "b", "c"], quick=False, fresh=False, json=file, keep=keep)
     with pytest.raises(KeyboardInterrupt):
         command.run(arguments)
     found = command.run(arguments)

@@ -100,6 +100,6 @@ def test_peak_memory_is_lower_by_the_gradients() -> None:
     for early in (True, False):
         plugin = FusedPrecision(early_zero_grad=early)
         trainer = make_trainer("32-true", plugin, max_epochs=1)
-        peaks.append(memory.peak(lambda trainer=trainer: trainer.fit(Wide(), loader)))
+        peaks.append(memory.peak(lambda trainer=trainer: trainer.fit(Wide(), loader), torch.device("cpu")))
     gradients = sum(p.nbytes for p in Wide().parameters())
     assert peaks[1] - peaks[0] >= gradients * (1 - 4 / 16)

@@ -14,12 +14,13 @@ import torch
 pytest.importorskip("matplotlib", reason="needs the extra braze[bench]")
 pytest.importorskip("rich", reason="needs the extra braze[bench]")
 
-from braze.benchmarks import scaling, scaling_report
+from braze.benchmarks import memory, scaling, scaling_report
+from braze.benchmarks.ceilings import Ceilings
 from braze.kernels import OPS, dispatch
 from braze.kernels.op import Op
 
 CPU = torch.device("cpu")
-LIMITS = scaling.Ceilings(copy_gbs=10.0, matmul_tflops=0.1)
+LIMITS = Ceilings(copy_gbs=10.0, matmul_tflops={"torch.float32": 0.1})
 SIZES = (16, 32, 64)
 TINY = scaling.Sweep("rms_norm", "rows", lambda n: {"N": n, "D": 64}, cpu=SIZES, cuda=SIZES)
 RMS_NORM = TINY.operator
@@ -41,8 +42,8 @@ def test_shapes_grow_only_along_their_axis(sweep: scaling.Sweep) -> None:
 
 
 def test_the_roofline_is_the_longer_of_the_two() -> None:
-    assert LIMITS.seconds(10**10, 0) == pytest.approx(1.0)
-    assert LIMITS.seconds(10**10, 4 * 10**11) == pytest.approx(4.0)
+    assert LIMITS.seconds(torch.float32, 10**10, 0) == pytest.approx(1.0)
+    assert LIMITS.seconds(torch.float32, 10**10, 4 * 10**11) == pytest.approx(4.0)
 
 
 def test_the_slope_is_the_power() -> None:
@@ -116,5 +117,5 @@ def test_a_baseline_that_is_wrong_keeps_its_times_and_is_marked(
 
 def test_a_truth_that_does_not_fit_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     without_compile(monkeypatch)
-    monkeypatch.setattr(scaling, "_memory", lambda _: 1)
+    monkeypatch.setattr(memory, "available", lambda _: 1)
     assert {r["judged"] for r in records(SIZES[:1])} == {False}

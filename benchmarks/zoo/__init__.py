@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .. import records, tables
+from .. import tables
 from ..records import Record
 from .models import names
 
@@ -42,8 +42,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
         task = bar.add_task("zoo", total=len(wanted), completed=sum(name in done for name in wanted))
         for record in _measured(name for name in wanted if name not in done):
             done[record["model"]] = record
-            if arguments.json:
-                records.write(arguments.json, "zoo", list(done.values()))
+            arguments.keep(list(done.values()))
             bar.update(task, advance=1, description=record["model"])
     found = [done[name] for name in names() if name in done]
     for table in (_models(found), _totals(found), _misses(found)):
