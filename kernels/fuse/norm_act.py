@@ -20,7 +20,7 @@ from ..ops.group_norm import group_norm
 from .joint import takes
 from .sample import Draw, Sample, kind
 from .savings import Counted, Measure
-from .sites import Site, Unit, activation, called, child, hooked, module_type, resolved, units
+from .sites import Known, Site, Unit, activation, called, child, hooked, module_type, resolved, units
 from .source import blocks, call, expression, numbered
 
 #: What the operators have.
@@ -129,7 +129,7 @@ class NormAct(Site):
         return "" if self.activation else f"{self.operator} has no such activation as the one behind it"
 
     @classmethod
-    def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
+    def find(cls, module: nn.Module, unit: Unit, known: Known) -> Iterator[Site]:
         """``act(self.norm(x))``; and ``y = self.norm(x)``, ``y = act(y)``."""
         numbers = numbered(unit.tree)
         for node in ast.walk(unit.tree):
@@ -293,7 +293,7 @@ class InSequence(NormAct):
     """The same of two neighbours in an ``nn.Sequential``; the number is the norm's place."""
 
     @classmethod
-    def find(cls, module: nn.Module, unit: Unit | None = None) -> Iterator[Site]:
+    def find(cls, module: nn.Module, unit: Unit | None = None, known: Known | None = None) -> Iterator[Site]:
         """Of a Sequential that runs its modules in a row."""
         if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
             return
