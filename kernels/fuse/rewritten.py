@@ -13,6 +13,7 @@ from .add_norm import AddNorm
 from .complex_turn import ComplexTurn
 from .gate import Gate
 from .joint import Joint, unwatched
+from .modulated import Modulated
 from .norm_act import InSequence, NormAct, in_sequence
 from .norm_add_act import NormAddAct
 from .rotary import Rotary
@@ -25,11 +26,11 @@ from .turn import Turn
 from .verify import Check, verify
 
 #: Of two that want the same place the first has it, so the one that saves more stands first. Before a sum and the norm
-#: of it: a factor or stochastic depth, which are passes of their own; behind it: dropout, which it does,
+#: of it: a modulation, a factor or stochastic depth, which are passes of their own; behind it: dropout, which it does,
 #: too.
 KINDS: tuple[type[Site], ...] = (
     *(Turn, ComplexTurn, Gate, NormAddAct, NormAct),
-    *(ScaleAdd, GatedAdd, AddNorm, DropoutAdd),
+    *(Modulated, ScaleAdd, GatedAdd, AddNorm, DropoutAdd),
 )
 
 
