@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,11 +43,22 @@ def refine(model: nn.Module, example: Any, places: Sequence[Place], tune: bool) 
         given = reached(model, example, places)
     figures: dict[Hashable, tuple[Saving, Timing | None]] = {}
     found = []
-    for n, place in enumerate(places):
+    for n, place in enumerate(_shown(places) if tune else places):
         why_not = OTHER_CALL if n in given else NOT_REACHED
         inputs = given.pop(n, None)
         found.append(Refined(note=why_not) if inputs is None else _refined(model, place, inputs, figures, tune))
     return found
+
+
+def _shown(places: Sequence[Place]) -> Iterable[Place]:
+    """The places, with a progress bar where there is a terminal, and rich to draw on it: compilers take minutes."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return places
+    console = Console(stderr=True)
+    return track(places, "timing joints", console=console, transient=True, disable=not console.is_terminal)
 
 
 class _Trial(NamedTuple):

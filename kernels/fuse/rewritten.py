@@ -124,7 +124,7 @@ def sites(module: nn.Module, known: Known) -> list[Site]:
                 if taken.isdisjoint(site.numbers):
                     taken |= set(site.numbers)
                     found.append(site)
-    return found
+    return found or list(InSequence.passed_over(module))
 
 
 class Verdict(NamedTuple):

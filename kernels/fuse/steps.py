@@ -235,10 +235,13 @@ def _rows_by_name(tree: ast.FunctionDef) -> set[str]:
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-            function = node.value.func
-            parts = isinstance(function, ast.Attribute) and function.attr in ("chunk", "unbind")
-            if parts and isinstance(node.targets[0], ast.Tuple):
-                found |= {name.id for name in node.targets[0].elts if isinstance(name, ast.Name)}
+            function, names = node.value.func, node.targets[0]
+            if not isinstance(function, ast.Attribute) or function.attr not in ("chunk", "unbind"):
+                continue
+            # Parts of a parameter are no rows. Of two parts the one is not the other's gate but its half: of a rotary
+            # embedding, or of a gated MLP.
+            if child(function.value) is None and isinstance(names, ast.Tuple) and len(names.elts) > 2:
+                found |= {name.id for name in names.elts if isinstance(name, ast.Name)}
     return found
 
 

@@ -79,6 +79,8 @@ def branch(
     sides = ((node.target, node.value),) if isinstance(node, ast.AugAssign) else ((node.left, node.right),) * 2
     for first, operands in zip((True, False), sides, strict=False):
         inner, other = operands if first else operands[::-1]
+        if isinstance(other, ast.BinOp) and isinstance(other.op, ast.Mult):
+            continue  # a turn, or an average, and no residual
         steps, inline, inside = list[Step](), list[str](), list[int]()
         while (one := wrapped(inner, module, unit, known)) is not None and suits([*steps, one.step]):
             steps.append(one.step)
