@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from braze.kernels import fuse, plan, unfuse, use_backend
+from braze.kernels import dispatch, fuse, plan, unfuse, use_backend
 
 WIDTH = 8
 
@@ -200,7 +201,7 @@ def test_steps_and_sum_are_one_operator_and_compute_the_same(kind):
 def test_the_operator_runs(kind, monkeypatch):
     """And nothing else, where something is dropped: not the modules that it stands for."""
     model = made(kind)
-    fuse(model)
+    assert joints(fuse(model)) == OPERATORS[kind]
 
     def never(*_):
         raise AssertionError("it ran")
@@ -214,7 +215,7 @@ def test_the_operator_runs(kind, monkeypatch):
 @pytest.mark.parametrize("kind", [Nested, OnlyPath, Dropped, Function, Normed], ids=lambda kind: kind.__name__)
 def test_half_of_it_is_dropped_and_the_gradient_knows_of_what(kind):
     model = made(kind)
-    fuse(model)
+    assert joints(fuse(model)) == OPERATORS[kind]
     still_model = still(copy.deepcopy(model))
     x = torch.randn(400, 3, WIDTH, dtype=torch.float64)
     branch = model.mlp(x).detach() * (model.scale.lambda1.detach() if kind is Nested else 1.0)
@@ -332,16 +333,16 @@ def test_modules_that_do_something_else_are_left_or_called(change):
     torch.testing.assert_close(*results)
 
 
-def test_nothing_to_drop_is_no_joint():
-    model = made(OnlyPath)
-    model.path.rate = 0.0
-    assert joints(fuse(model)) == ["add_layer_norm"] or joints(plan(model)) == []
+@pytest.mark.parametrize("kind", [OnlyPath, Dropped, Function], ids=lambda kind: kind.__name__)
+def test_nothing_to_drop_is_no_joint_of_its_own(kind):
+    """The sum is then the norm's, if one is behind it."""
+    assert joints(fuse(still(made(kind)))) == (["add_layer_norm"] if kind is OnlyPath else [])
 
 
 def test_without_the_division_by_what_is_kept():
     model = made(Nested)
     model.path = Depth(0.5, by_keep=False)
-    fuse(model)
+    assert joints(fuse(model)) == ["scale_add"]
     shares = (model(X) - X) / (model.mlp(X) * model.scale.lambda1)
     assert set(shares.detach().round(decimals=6).unique().tolist()) <= {0.0, 1.0}
 
@@ -384,7 +385,7 @@ def test_other_dtypes_are_what_they_were(kind, wide):
         model.scale.float()
         model.gamma.data = model.gamma.data.float()
     plain, x = copy.deepcopy(model), X.bfloat16()
-    fuse(model)
+    assert joints(fuse(model)) == OPERATORS[kind]
     if wide == "residual":
         for one in (model, plain):
             one.mlp = nn.Sequential(Cast(), one.mlp)
@@ -408,6 +409,29 @@ def test_it_compiles_without_a_break(kind):
     torch._dynamo.reset()
     compiled = torch.compile(still(model), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(given(model)), still(plain)(given(plain)))
+
+
+@pytest.mark.parametrize("kind", [Nested, Function, Normed], ids=lambda kind: kind.__name__)
+def test_a_checkpoint_drops_the_same_again(kind):
+    model = made(kind)
+    assert joints(fuse(model)) == OPERATORS[kind]
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(2)
+        x = X.clone().requires_grad_()
+        y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), [x, model.mlp.weight])])
+    torch.testing.assert_close(*found)
+
+
+def test_under_autocast_a_sum_that_cannot_take_the_norm_still_drops(monkeypatch):
+    model = made(Normed).float()
+    assert joints(fuse(model)) == ["add_layer_norm"]
+    ran, run = [], dispatch.run
+    monkeypatch.setattr(dispatch, "run", lambda op, *args, **options: ran.append(op.name) or run(op, *args, **options))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(X.float())
+    assert "dropout_add" in ran
 
 
 def test_the_report_says_that_the_random_numbers_differ():

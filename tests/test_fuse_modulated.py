@@ -156,7 +156,7 @@ def test_norm_and_modulation_are_one_operator_and_compute_the_same(kind):
 @each
 def test_the_operator_runs(kind, monkeypatch):
     model = made(kind)
-    fuse(model)
+    assert modulated(fuse(model)) == [OPERATORS[kind]]
 
     def never(*_):
         raise AssertionError("it ran")

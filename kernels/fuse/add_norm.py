@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 import functools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from .savings import Counted, Measure
 from .sites import Known, Site, Unit, called, child, hooked
 from .source import blocks, call, expression, numbered
 from .step_trial import Operands, count_dropped, dropping, operands, step_key
-from .steps import Step, applied, intact, live, probability
+from .steps import Step, intact, live, probability
 from .sums import BRANCHES, Branch, Sum, branch, given, moves, sums, target, unwrapped
 from .tail import OTHER_NUMBERS, DropoutAdd
 
@@ -74,7 +74,7 @@ class AddNorm(Site):
         module: nn.Module,
         unit: Unit,
         known: Known,
-        numbers: dict[int, int],
+        numbers: Mapping[int, int],
         function: ast.expr,
         total: Sum,
         nodes: tuple[int, ...],
@@ -150,15 +150,14 @@ class AddNorm(Site):
         """(sum, [norm of it]): in a list, so that nothing holds it longer than the original does."""
         joint, norm_type, steps = self.joint, self.norm_type, self._steps
         first = self.branch is None or self.branch.first
+        dropped = None if self.branch is None else DropoutAdd(self.unit, self.numbers, self.branch, False).fused()
 
         def add_norm(norm: Any, left: Any, right: Any, *given: Any) -> Any:
             weight = None if joint.weight is None else getattr(norm, joint.weight, None)
             y, x = (left, right) if first else (right, left)
             plain = original_type(norm) is norm_type and not hooked(norm) and all(map(intact, steps, given))
             if not plain or not _suits(y, x, weight):
-                for step, operand in zip(reversed(steps), reversed(given), strict=True):
-                    y = applied(step, operand, y)
-                total = y + x if first else x + y
+                total = left + right if dropped is None else dropped(left, right, *given)
                 return total, [norm(total)]
             p = next((probability(s, one) for s, one in zip(steps, given, strict=True) if s.how == "dropout"), 0.0)
             eps: Any = getattr(norm, joint.eps) if isinstance(joint.eps, str) else joint.eps

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -230,9 +231,10 @@ def _is_rows(node: ast.expr) -> bool:
     return isinstance(node, ast.Subscript) and ast.unparse(node.slice) in (":, None", "(:, None)", ":, None, :")
 
 
-def _rows_by_name(tree: ast.FunctionDef) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def _rows_by_name(tree: ast.FunctionDef) -> frozenset[str]:
     """The names of the parts of one tensor, as a linear map of a condition gives them."""
-    found = set()
+    found = set[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             function, names = node.value.func, node.targets[0]
@@ -242,7 +244,7 @@ def _rows_by_name(tree: ast.FunctionDef) -> set[str]:
             # embedding, or of a gated MLP.
             if child(function.value) is None and isinstance(names, ast.Tuple) and len(names.elts) > 2:
                 found |= {name.id for name in names.elts if isinstance(name, ast.Name)}
-    return found
+    return frozenset(found)
 
 
 # ---- When the model runs.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -41,19 +41,22 @@ class Branch(NamedTuple):
     moved: tuple[tuple[int, str], ...]
 
 
-def placed(tree: ast.FunctionDef) -> Iterator[Sum]:
+@functools.lru_cache(maxsize=4096)
+def placed(tree: ast.FunctionDef) -> tuple[Sum, ...]:
     """Every node of a plain statement, from the outside in."""
+    found = []
     for block in blocks(tree):
         for place, statement in enumerate(block):
             if isinstance(statement, (ast.Assign, ast.Return, ast.Expr, ast.AugAssign)):
-                yield from (Sum(node, block, place) for node in ast.walk(statement))
+                found += [Sum(node, block, place) for node in ast.walk(statement)]
+    return tuple(found)
 
 
-def sums(tree: ast.FunctionDef) -> Iterator[Sum]:
+@functools.lru_cache(maxsize=4096)
+def sums(tree: ast.FunctionDef) -> tuple[Sum, ...]:
     """Every sum of two in a plain statement."""
-    for one in placed(tree):
-        if isinstance(one.node, (ast.BinOp, ast.AugAssign)) and isinstance(one.node.op, ast.Add):
-            yield one
+    binary = (one for one in placed(tree) if isinstance(one.node, (ast.BinOp, ast.AugAssign)))
+    return tuple(one for one in binary if isinstance(one.node.op, ast.Add))
 
 
 def skipped(tree: ast.FunctionDef, module: nn.Module) -> set[int]:
@@ -68,7 +71,7 @@ def skipped(tree: ast.FunctionDef, module: nn.Module) -> set[int]:
 
 def branch(
     found: Sum,
-    numbers: dict[int, int],
+    numbers: Mapping[int, int],
     module: nn.Module,
     unit: Unit,
     known: Known,
