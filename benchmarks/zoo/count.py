@@ -76,6 +76,9 @@ def _kinds(module: nn.Module) -> Iterator[str]:
 
 def _tails(module: nn.Module, source: str) -> set[str]:
     """What the sums of a forward end with, as it is set: a factor of each channel, or a probability above 0."""
+    guarded = re.findall(r"if self\.(\w+):\n[^\n]*\n\s+\w+ \+= \w+\n", source)
+    if any(getattr(module, flag, None) is False for flag in guarded):
+        return set()  # a block of another size, with no sum
     names = [name for one in _SUMS for match in re.finditer(one, source) for name in match.groups()]
     found = set()
     for step in (getattr(module, name, None) for name in names if name is not None):
