@@ -82,9 +82,10 @@ def _spread(model: nn.Module) -> None:
 
 def _still(model: nn.Module) -> None:
     for module in model.modules():
-        for attribute in _RANDOM:
-            if isinstance(getattr(module, attribute, None), float):
-                setattr(module, attribute, 0.0)
+        for owner in (module, getattr(module, "config", None)):  # some read their configuration as they run
+            for attribute in _RANDOM:
+                if isinstance(getattr(owner, attribute, None), float):
+                    setattr(owner, attribute, 0.0)
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:
