@@ -5,6 +5,7 @@ import copy
 import importlib
 import itertools
 import json
+import sys
 
 import pytest
 import torch
@@ -210,6 +211,18 @@ def test_the_median_of_ratios_within_a_round_is_told(monkeypatch):
     timing = tuning.timed(plain, fused, Draw("", (X,)), torch.float32, True)
     assert timing == tuning.Timing(*[pytest.approx(0.5)] * 3)
     assert tuning.verdict(timing, False) == ""
+
+
+@pytest.mark.parametrize(("terminal", "installed"), [(True, True), (True, False), (False, True)])
+def test_a_bar_needs_a_terminal_and_rich(speeds, terminal, installed, monkeypatch, capfd):
+    if terminal:
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    if not installed:
+        monkeypatch.setitem(sys.modules, "rich.progress", None)
+    assert fuse(Model(), example=X, tune=True).fused
+    printed, shown = capfd.readouterr()
+    assert printed == ""
+    assert ("timing joints" in shown) == (terminal and installed)
 
 
 def test_a_tuned_model_computes_the_same_and_is_undone(speeds):

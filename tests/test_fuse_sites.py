@@ -234,6 +234,19 @@ def test_an_activation_that_no_operator_has_is_a_reason():
         assert "no such activation" in record.reason
 
 
+def test_a_sequential_with_a_forward_of_its_own_is_a_reason():
+    class Resized(nn.Sequential):
+        def forward(self, x):
+            size = x.shape[-2:]
+            for module in self:
+                x = module(x)
+            return F.interpolate(x, size=size)
+
+    (record,) = (r for r in fuse(Resized(nn.BatchNorm2d(4), nn.ReLU())) if r.path == "0")
+    assert record.status == "left"
+    assert record.reason == "its nn.Sequential has a forward of its own"
+
+
 def test_source_that_is_not_what_runs_is_left():
     space = {"nn": nn, "Base": Base, "torch": torch}
     exec("class Unseen(Base):\n    def forward(self, x):\n        return self.act(self.a(x)) * self.b(x)\n", space)

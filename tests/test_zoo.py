@@ -23,11 +23,11 @@ SAMPLE = {
     "causal:deepseek_v2": {"norm": 9, "gated mlp": 4, "rope": 2},  # complex tables, experts, latent attention
     "causal:ernie4_5": {"norm": 5, "gated mlp": 2, "rope": 2},  # interleaved and widened tables
     "masked:modernbert": {"norm": 6, "gated mlp": 2, "rope": 2},
-    "seq2seq:t5": {"norm": 12},
+    "seq2seq:t5": {"norm": 12, "dropout and sum": 8},
     "timm:convnext_atto": {"norm": 17},
     "timm:mobilenetv4_conv_small": {},
     "torchvision:resnet18": {"batch norm and activation": 9},
-    "own:dit": {"norm": 5},
+    "own:dit": {"norm": 5, "modulated norm": 2, "gated sum": 2},
     "own:unet": {"group norm and activation": 7},
 }
 

@@ -11,7 +11,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -31,6 +31,17 @@ _ACTIVATION = (
 )
 _GATED = re.compile(rf"{_ACTIVATION}\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\s*\*(?!\*)|[\w)\]]\s*\*\s*{_ACTIVATION}\(")
 _ROTARY = re.compile(r"\b\w*(?:apply_rot|rotary_pos|apply_rope|rotary_emb)\w*\(\s*\w*(?:q|k|x|query|key)\w*\s*[,)]")
+
+#: Residual sums: a summand that is a call of a module, or two nested ones; or that such a statement made just before.
+_SUMS = (
+    r"\+ self\.(\w+)\((?:self\.(\w+)\()?",
+    r"(?:=|return) self\.(\w+)\((?:self\.(\w+)\()?[^\n]*\) \+ ",
+    r"(?P<y>\w+) = self\.(\w+)\((?P=y)\)\n\s*(?:(?P=y) = |return )?(?:\w+ \+ (?P=y)|(?P=y) \+=? \w+)\n",
+    r"(?P<y>\w+) = self\.(\w+)\((?P=y)\)\n\s*(?P=y) = self\.\w+\((?P=y) \+ \w+\)",
+    r"(?P<y>\w+) = [\w.]*\bdropout\((?P=y), p=self\.(\w+)[^\n]*\n\s*(?P=y) = (?:\w+ \+ (?P=y)|(?P=y) \+ \w+)\n",
+)
+_MODULATED = re.compile(r"self\.\w*norm\w*\([\w.]*\) \* \(1 \+ \w|\bmodulate\(\s*self\.\w*norm")
+_GATED_SUM = re.compile(r"\+ \w*gate\w*(?:\.unsqueeze\(1\)|\[:, None\])? \* ")
 
 
 def expected_joints(model: nn.Module) -> list[Expected]:
@@ -52,10 +63,36 @@ def _kinds(module: nn.Module) -> Iterator[str]:
         yield "gated mlp"
     if _ROTARY.search(source):
         yield "rope"
+    yield from _tails(module, source)
+    if _MODULATED.search(source):
+        yield "modulated norm"
+    if _GATED_SUM.search(source):
+        yield "gated sum"
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and _own_activation(module):
         yield "batch norm and activation"
     if isinstance(module, nn.GroupNorm) and _own_activation(module):
         yield "group norm and activation"
+
+
+def _tails(module: nn.Module, source: str) -> set[str]:
+    """What the sums of a forward end with, as it is set: a factor of each channel, or a probability above 0."""
+    guarded = re.findall(r"if self\.(\w+):\n[^\n]*\n\s+\w+ \+= \w+\n", source)
+    if any(getattr(module, flag, None) is False for flag in guarded):
+        return set()  # a block of another size, with no sum
+    names = [name for one in _SUMS for match in re.finditer(one, source) for name in match.groups()]
+    found = set()
+    for step in (getattr(module, name, None) for name in names if name is not None):
+        if type(step) is nn.Dropout or isinstance(step, float):
+            rate: Any = getattr(step, "p", step)
+            found |= {"dropout and sum"} if not getattr(step, "inplace", False) and rate > 0.0 else set()
+        elif isinstance(step, nn.Module) and not any(True for _ in step.children()):
+            vectors = [tuple(p.shape) for p in step.parameters()]
+            if re.search("scale", type(step).__name__.lower()) and len(vectors) == 1 and len(vectors[0]) == 1:
+                found.add("residual tail")
+            if re.search("droppath|stochasticdepth", type(step).__name__.lower()):
+                rate = next((getattr(step, name) for name in ("drop_prob", "p") if hasattr(step, name)), 0.0)
+                found |= {"residual tail"} if rate > 0.0 else set()
+    return found
 
 
 def _is_norm(module: nn.Module, name: str) -> bool:

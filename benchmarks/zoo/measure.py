@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from braze.kernels import FusionReport, fuse, unfuse, use_backend
+from braze.kernels.fuse.report import Record as FusionRecord
 from braze.kernels.fuse.sample import Exactly
 
 from ..records import Record
@@ -23,7 +24,7 @@ from .count import expected_joints
 WRONG = 1e-6
 
 #: What the models are asked to leave out, so that two runs are the same: every kind of dropout, by attribute name.
-_RANDOM = ("p", "drop_prob", "dropout", "dropout_p", "attention_dropout", "dropout_rate")
+_RANDOM = ("p", "drop_prob", "dropout", "dropout_p", "attention_dropout", "dropout_rate", "hidden_dropout")
 
 
 def measure(name: str) -> Record:
@@ -47,13 +48,15 @@ def _measure(name: str) -> Record:
     start = time.process_time()
     model, call = models.build(name)
     built = time.process_time() - start
-    _still(model)
+    _spread(model.train())
     plain, expected = copy.deepcopy(model), expected_joints(model)
     before = _facts(model)
     start = time.process_time()
     report = fuse(model)
     seconds = time.process_time() - start
     kept = _facts(model) == before
+    for one in (model, plain):  # fused as it is, dropout and all; compared without
+        _still(one)
     record: Record = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "build_seconds": round(built, 3),
@@ -69,17 +72,20 @@ def _measure(name: str) -> Record:
     return record
 
 
-def _still(model: nn.Module) -> None:
-    model.train()
-    for module in model.modules():
-        for attribute in _RANDOM:
-            if isinstance(getattr(module, attribute, None), float):
-                setattr(module, attribute, 0.0)
+def _spread(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 1:  # ones and zeros would hide an exchanged weight
             parameter.data += 0.1 * torch.randn_like(parameter)
         elif not parameter.any():
             nn.init.normal_(parameter, std=0.02)
+
+
+def _still(model: nn.Module) -> None:
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None)):  # some read their configuration as they run
+            for attribute in _RANDOM:
+                if isinstance(getattr(owner, attribute, None), float):
+                    setattr(owner, attribute, 0.0)
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def _joints(expected: list[Any], report: FusionReport) -> Record:
             reasons.setdefault(one.path, one.reason)
     operators = Counter(one.now for one in report if one.status == "fused")
     found, swapped, missed = Counter[str](), Counter[str](), Counter[str]()
-    done = {(one.path, kind) for one in report if one.status != "left" for kind in _KINDS.get(one.now, ())}
+    done = {(one.path, kind) for one in report if one.status != "left" for kind in _kinds(one)}
     for joint in expected:
         found[joint.kind] += 1
         # A rotary embedding may be a module of its own inside the attention that the count names.
@@ -120,6 +126,11 @@ def _joints(expected: list[Any], report: FusionReport) -> Record:
     }
 
 
+def _kinds(one: FusionRecord) -> tuple[str, ...]:
+    drops = "random numbers" in one.reason and one.now.startswith("add_")
+    return ("dropout and sum",) if drops else _KINDS.get(one.now, ())
+
+
 _NORMS = ("norm",)
 _KINDS = {
     "rms_norm": _NORMS,
@@ -131,6 +142,11 @@ _KINDS = {
     "packed_glu": ("gated mlp",),
     "rope": ("rope",),
     "batch_norm_act": ("batch norm and activation",),
+    "scale_add": ("residual tail",),
+    "gated_add": ("gated sum",),
+    "dropout_add": ("dropout and sum",),
+    "modulated_layer_norm": ("modulated norm",),
+    "modulated_rms_norm": ("modulated norm",),
     "group_norm": ("group norm and activation",),
 }
 

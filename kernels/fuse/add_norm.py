@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Callable, Hashable, Iterator
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,57 +22,100 @@ from .joint import fused_class, fusion, takes
 from .norms import Norm
 from .sample import Draw, Refused, Sample, kind
 from .savings import Counted, Measure
-from .sites import Site, Unit, called, child, hooked
+from .sites import Known, Site, Unit, called, child, hooked
 from .source import blocks, call, expression, numbered
-
-#: What may not stand around the norm: it would not run, or not once.
-_BRANCHES = (ast.IfExp, ast.BoolOp, ast.Compare, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+from .step_trial import Operands, count_dropped, dropping, operands, step_key
+from .steps import Step, intact, live, probability
+from .sums import BRANCHES, Branch, Sum, branch, given, moves, sums, target, unwrapped
+from .tail import OTHER_NUMBERS, DropoutAdd
 
 
 @dataclass(frozen=True)
 class AddNorm(Site):
-    """The norm by its name, its class and what it computes; the nodes are the sum's and the norm's, or one for both."""
+    """The norm by its name, its class and what it computes, and the dropout of a summand, if there is one.
+
+    The first node is the sum; of a norm ``around`` it, the second is the norm, else the statement and the norm.
+    """
 
     norm: str
     norm_type: type[nn.Module]
     joint: Norm
+    around: bool
+    branch: Branch | None
 
     @property
     def operator(self) -> str:  # type: ignore[override]
         """The name of the fused operator."""
         return f"add_{self.joint.operator}"
 
+    @property
+    def note(self) -> str:
+        """What differs where something is dropped."""
+        return "" if self.branch is None else OTHER_NUMBERS
+
     @classmethod
-    def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
+    def find(cls, module: nn.Module, unit: Unit, known: Known) -> Iterator[Site]:
         """In every block of statements, and every call."""
-        numbers = numbered(unit.tree)
+        make = functools.partial(cls._made, module, unit, known)
+        numbers, places = numbered(unit.tree), {id(one.node): one for one in sums(unit.tree)}
         for node in ast.walk(unit.tree):
             around = called(node)
             if around is not None and isinstance(around[1], ast.BinOp) and isinstance(around[1].op, ast.Add):
-                yield from cls._made(module, unit, around[0], (numbers[id(node)],))
+                total = places.get(id(around[1]), Sum(around[1], [], 0))
+                yield from make(numbers, around[0], total, (numbers[id(node)],), True)
         for block in blocks(unit.tree):
-            for total, norm in _pairs(block):
-                yield from cls._made(module, unit, norm.func, (numbers[id(total)], numbers[id(norm)]))
+            for statement, norm in _pairs(block):
+                nodes = (numbers[id(statement)], numbers[id(norm)])
+                yield from make(numbers, norm.func, places[id(statement.value)], nodes, False)
 
     @classmethod
-    def _made(cls, module: nn.Module, unit: Unit, function: ast.expr, numbers: tuple[int, ...]) -> Iterator[Site]:
+    def _made(
+        cls,
+        module: nn.Module,
+        unit: Unit,
+        known: Known,
+        numbers: Mapping[int, int],
+        function: ast.expr,
+        total: Sum,
+        nodes: tuple[int, ...],
+        around: bool,
+    ) -> Iterator[Site]:
         name = child(function)
         norm = None if name is None else getattr(module, name, None)
         if name is None or not isinstance(norm, nn.Module) or hooked(norm):
             return
-        joint = _recognised(norm)
-        if joint is not None and not joint.channels_first:
-            yield cls(unit.name, numbers, name, _original(norm), joint)
+        joint = recognised(norm, known)
+        if joint is None or joint.channels_first:
+            return
+        found = branch(total, numbers, module, unit, known, DropoutAdd.suits) if total.block else None
+        if found is not None and not any(live(step, module, unit) for step in found.steps):
+            found = None
+        moved = () if found is None else (*found.inside, *(number for number, _ in found.moved))
+        yield cls(unit.name, (numbers[id(total.node)], *nodes, *moved), name, original_type(norm), joint, around, found)
 
     def key(self, module: nn.Module) -> Hashable:
-        """The norm."""
-        return AddNorm, kind(getattr(module, self.norm)), self.joint
+        """The norm, and the dropout."""
+        steps = tuple(step_key(step, module, self.unit) for step in self._steps)
+        return AddNorm, kind(getattr(module, self.norm)), self.joint, steps, self.branch is None or self.branch.first
+
+    @property
+    def _steps(self) -> tuple[Step, ...]:
+        return () if self.branch is None else self.branch.steps
 
     def trial(self, module: nn.Module, root: nn.Module) -> tuple[nn.Module, nn.Module, Sample]:
         """Sum and norm."""
-        sample = Sample(getattr(module, self.norm), root, {})
+        sample, steps = Sample(getattr(module, self.norm), root, {}), operands(self._steps, module, self.unit)
         self.joint.exact(sample.module)
-        return _Sum(sample.module, None), _Sum(sample.module, self.fused()), sample
+        first = self.branch is None or self.branch.first
+
+        def made(steps: Operands, function: Callable[..., Any] | None) -> nn.Module:
+            return _Sum(sample.module, copy.deepcopy(steps), first, function)
+
+        def run(dropping: Operands, y: Tensor) -> Any:
+            return made(dropping, self.fused()).train(dropping.training)(y, torch.zeros_like(y))[0]
+
+        count_dropped(run, steps, self.draws(sample)[0].inputs[0])
+        return made(steps, None), made(steps, self.fused()), sample
 
     def draws(self, sample: Sample) -> list[Draw]:
         """Those of the norm, and others to add to them."""
@@ -85,14 +129,18 @@ class AddNorm(Site):
         """Likewise."""
         return super().given(self._alone(original), fused, inputs)
 
+    def alive(self, counted: Counted) -> Counted:
+        """With the probabilities of the module."""
+        return dropping(counted)
+
     def _alone(self, original: Any) -> nn.Module:
         norm = copy.deepcopy(original.norm)
         norm.__class__ = fused_class(self.norm_type, self.joint)
-        return _Sum(norm, None)
+        return _Sum(norm, original.steps, original.first, None)
 
     def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What is added."""
-        return args[1:3]
+        """The branch, and what it is added to."""
+        return args[1:3] if self.branch is None or self.branch.first else args[2:0:-1]
 
     def measure(self, module: nn.Module) -> Measure:
         """That of the norm."""
@@ -100,53 +148,64 @@ class AddNorm(Site):
 
     def fused(self) -> Callable[..., Any]:
         """(sum, [norm of it]): in a list, so that nothing holds it longer than the original does."""
-        joint, norm_type = self.joint, self.norm_type
+        joint, norm_type, steps = self.joint, self.norm_type, self._steps
+        first = self.branch is None or self.branch.first
+        dropped = None if self.branch is None else DropoutAdd(self.unit, self.numbers, self.branch, False).fused()
 
-        def add_norm(norm: Any, branch: Any, residual: Any) -> Any:
+        def add_norm(norm: Any, left: Any, right: Any, *given: Any) -> Any:
             weight = None if joint.weight is None else getattr(norm, joint.weight, None)
-            if _original(norm) is not norm_type or hooked(norm) or not _suits(branch, residual, weight):
-                total = branch + residual
+            y, x = (left, right) if first else (right, left)
+            plain = original_type(norm) is norm_type and not hooked(norm) and all(map(intact, steps, given))
+            if not plain or not _suits(y, x, weight):
+                total = left + right if dropped is None else dropped(left, right, *given)
                 return total, [norm(total)]
+            p = next((probability(s, one) for s, one in zip(steps, given, strict=True) if s.how == "dropout"), 0.0)
             eps: Any = getattr(norm, joint.eps) if isinstance(joint.eps, str) else joint.eps
             if joint.center:
                 bias = None if joint.bias is None else getattr(norm, joint.bias)
-                normed, total = add_layer_norm(branch, residual, weight, bias, eps=eps)
+                normed, total = add_layer_norm(y, x, weight, bias, eps=eps, p=p)
             else:
-                normed, total = add_rms_norm(branch, residual, weight, eps=eps, weight_offset=joint.weight_offset)
+                normed, total = add_rms_norm(y, x, weight, eps=eps, weight_offset=joint.weight_offset, p=p)
             return total, [normed]
 
         return add_norm
 
     def edits(self, name: str) -> dict[int, Callable[[Any], ast.AST]]:
         """The sum becomes a call that returns the norm, too, and the norm takes it from there."""
+        found = self.branch
 
         def both(total: ast.BinOp) -> ast.expr:
-            return call(name, expression(f"self.{self.norm}"), total.left, total.right)
+            left, right = total.left, total.right
+            if found is not None:
+                left = unwrapped(left, found.inline) if found.first else left
+                right = right if found.first else unwrapped(right, found.inline)
+            return call(name, expression(f"self.{self.norm}"), left, right, *given(self._steps))
 
         def around(node: ast.Call) -> ast.AST:
             assert isinstance(node.args[0], ast.BinOp)
             normed = ast.Subscript(value=both(node.args[0]), slice=ast.Constant(1), ctx=ast.Load())
             return ast.Call(func=ast.Attribute(value=normed, attr="pop", ctx=ast.Load()), args=[], keywords=[])
 
-        def sums(node: ast.Assign) -> ast.AST:
+        def summed(node: ast.Assign) -> ast.AST:
             assert isinstance(node.value, ast.BinOp)
             targets = [*node.targets, ast.Name(id=f"{name}_normed", ctx=ast.Store())]
             return ast.Assign(targets=[ast.Tuple(elts=targets, ctx=ast.Store())], value=both(node.value))
 
-        if len(self.numbers) == 1:
-            return {self.numbers[0]: around}
-        return {self.numbers[0]: sums, self.numbers[1]: lambda _: call(f"{name}_normed.pop")}
+        moved = {} if found is None else moves(found.moved)
+        if self.around:
+            return {self.numbers[1]: around} | moved
+        return {self.numbers[1]: summed, self.numbers[2]: lambda _: call(f"{name}_normed.pop")} | moved
 
 
 def _pairs(statements: list[Any]) -> Iterator[tuple[ast.Assign, ast.Call]]:
     """Each ``h = a + b`` with the call of one argument, h, that is the first call behind it."""
     for start, total in enumerate(statements):
-        name = _target(total)
+        name = target(total)
         if name is None or not isinstance(total.value, ast.BinOp) or not isinstance(total.value.op, ast.Add):
             continue
         names = {name}
         for statement in statements[start + 1 :]:
-            alias = _target(statement)
+            alias = target(statement)
             if alias is None or not isinstance(statement.value, ast.Name) or statement.value.id not in names:
                 first = _first_call(statement)
                 argument = None if first is None else called(first)
@@ -156,17 +215,12 @@ def _pairs(statements: list[Any]) -> Iterator[tuple[ast.Assign, ast.Call]]:
             names.add(alias)
 
 
-def _target(statement: Any) -> str | None:
-    one = isinstance(statement, ast.Assign) and len(statement.targets) == 1
-    return statement.targets[0].id if one and isinstance(statement.targets[0], ast.Name) else None
-
-
 def _first_call(statement: ast.stmt) -> Any:
     """The call in it that returns first, if all that is in it runs once."""
     if not isinstance(statement, (ast.Assign, ast.Return, ast.Expr)):
         return None
     nodes = list(_evaluated(statement))
-    if any(isinstance(node, (*_BRANCHES, ast.Await, ast.NamedExpr)) for node in nodes):
+    if any(isinstance(node, (*BRANCHES, ast.Await, ast.NamedExpr)) for node in nodes):
         return None
     return next((node for node in nodes if isinstance(node, ast.Call)), None)
 
@@ -178,17 +232,22 @@ def _evaluated(node: ast.AST) -> Iterator[ast.AST]:
     yield node
 
 
-def _original(norm: Any) -> type[nn.Module]:
+def original_type(norm: Any) -> type[nn.Module]:
+    """The class of a norm, before it was fused."""
     made = fusion(norm)
     return type(norm) if made is None else made.original
 
 
-def _recognised(norm: nn.Module) -> Norm | None:
+def recognised(norm: nn.Module, known: Known) -> Norm | None:
+    """The row norm that the module is, fused already or not."""
     made = fusion(norm)
     if made is not None:
         return made.joint if isinstance(made.joint, Norm) else None
-    if not Norm.suits(norm):
-        return None
+    found: Norm | None = known.once((Norm, kind(norm)), lambda: _probed(norm)) if Norm.suits(norm) else None
+    return found
+
+
+def _probed(norm: nn.Module) -> Norm | None:
     try:
         return Norm.recognise(Sample(norm, norm, {}))
     except Refused:
@@ -205,13 +264,15 @@ def _suits(branch: Any, residual: Any, weight: Tensor | None) -> bool:
 
 
 class _Sum(nn.Module):
-    def __init__(self, norm: nn.Module, fused: Callable[..., Any] | None) -> None:
+    def __init__(self, norm: nn.Module, steps: Operands, first: bool, fused: Callable[..., Any] | None) -> None:
         super().__init__()
-        self.norm, self.fused = norm, fused
+        self.norm, self.steps, self.first, self.fused = norm, steps, first, fused
 
     def forward(self, branch: Tensor, residual: Tensor) -> Any:
         if self.fused is None:
-            total = branch + residual
+            branch = self.steps(branch)
+            total = branch + residual if self.first else residual + branch
             return total, self.norm(total)
-        total, normed = self.fused(self.norm, branch, residual)
+        pair = (branch, residual) if self.first else (residual, branch)
+        total, normed = self.fused(self.norm, *pair, *self.steps.given())
         return total, *normed

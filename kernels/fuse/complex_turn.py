@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.rope import rope
 from .sample import Draw, Sample
-from .sites import Site, Unit, called, resolved
+from .sites import Known, Site, Unit, called, resolved
 from .source import call
 
 
@@ -24,7 +24,7 @@ class ComplexTurn(Site):
     tables: ClassVar[int] = 1
 
     @classmethod
-    def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
+    def find(cls, module: nn.Module, unit: Unit, known: Known) -> Iterator[Site]:
         """Products of two tensors right inside ``torch.view_as_real``."""
         for number, node in enumerate(ast.walk(unit.tree)):
             call = called(node)

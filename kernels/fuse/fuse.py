@@ -38,7 +38,7 @@ def fuse(
         model: any module; also one whose parts are fused already, on any device (also meta).
         skip: what to leave alone: paths as in ``model.named_modules()``, with wildcards (a path means all below it
             too), module classes, or operators ("rms_norm", "layer_norm", "glu", "rope", "cross_entropy", "softmax",
-            "linear_cross_entropy").
+            "linear_cross_entropy", "scale_add", "dropout_add", and so on: those that the report names).
         only: the same; if given, nothing else is touched.
         example: what the model takes: a tensor, a tuple or list of its arguments, or a mapping of them by name. The
             model runs on it once, without gradients, in the mode that it is in; its hooks run, its buffers stay. Joints

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..ops.glu import glu
 from .joint import takes
 from .sample import Draw, Sample
-from .sites import Site, Unit, activation, called, hooked, identity, module_type, resolved, units
+from .sites import Known, Site, Unit, activation, called, hooked, identity, module_type, resolved, units
 from .source import call, expression
 
 
@@ -33,7 +33,7 @@ class Gate(Site):
     first: bool
 
     @classmethod
-    def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
+    def find(cls, module: nn.Module, unit: Unit, known: Known) -> Iterator[Site]:
         """Products one of whose factors is an activation of something; not of a mean, which has another shape."""
         if _pools(unit.tree):
             return

@@ -9,7 +9,7 @@ import ast
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..ops.group_norm import group_norm
 from .joint import takes
 from .sample import Draw, Sample, kind
 from .savings import Counted, Measure
-from .sites import Site, Unit, activation, called, child, hooked, module_type, resolved, units
+from .sites import Known, Site, Unit, activation, called, child, hooked, module_type, resolved, units
 from .source import blocks, call, expression, numbered
 
 #: What the operators have.
@@ -129,7 +129,7 @@ class NormAct(Site):
         return "" if self.activation else f"{self.operator} has no such activation as the one behind it"
 
     @classmethod
-    def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
+    def find(cls, module: nn.Module, unit: Unit, known: Known) -> Iterator[Site]:
         """``act(self.norm(x))``; and ``y = self.norm(x)``, ``y = act(y)``."""
         numbers = numbered(unit.tree)
         for node in ast.walk(unit.tree):
@@ -292,15 +292,32 @@ class _Both(nn.Module):
 class InSequence(NormAct):
     """The same of two neighbours in an ``nn.Sequential``; the number is the norm's place."""
 
+    own_forward: bool = False
+
     @classmethod
-    def find(cls, module: nn.Module, unit: Unit | None = None) -> Iterator[Site]:
+    def find(cls, module: nn.Module, unit: Unit | None = None, known: Known | None = None) -> Iterator[Site]:
         """Of a Sequential that runs its modules in a row."""
-        if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
-            return
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            yield from cls._pairs(module)
+
+    @classmethod
+    def _pairs(cls, module: nn.Module) -> Iterator[InSequence]:
         for index, ((name, norm), (act_name, act)) in enumerate(itertools.pairwise(module.named_children())):
             what = followed(norm, act)
             if what is not None:
                 yield cls("forward", (index,), name, family(norm) or "", f"self.{act_name}", module_type(act), what)
+
+    @classmethod
+    def passed_over(cls, module: nn.Module) -> Iterator[Site]:
+        """Of a Sequential that has a forward of its own, in which nothing was found."""
+        if isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward:
+            for one in cls._pairs(module):
+                yield replace(one, own_forward=True)
+
+    @property
+    def refusal(self) -> str:
+        """What such a forward does between the two is not known."""
+        return "its nn.Sequential has a forward of its own" if self.own_forward else super().refusal
 
     def edits(self, name: str) -> dict[int, Callable[[Any], ast.AST]]:
         """There is no source to edit."""

@@ -18,7 +18,7 @@ from .joint import takes
 from .norm_act import NormAct, family, normalized, step, suits
 from .sample import Draw, Sample
 from .savings import Counted
-from .sites import Site, Unit, child, hooked, module_type
+from .sites import Known, Site, Unit, child, hooked, module_type
 from .source import blocks, call, expression, numbered
 
 
@@ -29,7 +29,7 @@ class NormAddAct(NormAct):
     absent: tuple[str, ...] = ()
 
     @classmethod
-    def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
+    def find(cls, module: nn.Module, unit: Unit, known: Known) -> Iterator[Site]:
         """In every block of statements."""
         numbers = numbered(unit.tree)
         for statements in blocks(unit.tree):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,16 +43,28 @@ def refine(model: nn.Module, example: Any, places: Sequence[Place], tune: bool) 
         given = reached(model, example, places)
     figures: dict[Hashable, tuple[Saving, Timing | None]] = {}
     found = []
-    for n, place in enumerate(places):
+    for n, place in enumerate(_shown(places) if tune else places):
         why_not = OTHER_CALL if n in given else NOT_REACHED
         inputs = given.pop(n, None)
         found.append(Refined(note=why_not) if inputs is None else _refined(model, place, inputs, figures, tune))
     return found
 
 
+def _shown(places: Sequence[Place]) -> Iterable[Place]:
+    """The places, with a progress bar where there is a terminal, and rich to draw on it: compilers take minutes."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return places
+    console = Console(stderr=True)
+    return track(places, "timing joints", console=console, transient=True, disable=not console.is_terminal)
+
+
 class _Trial(NamedTuple):
     key: Hashable
     counted: Counted
+    alive: Counted
     dtype: torch.dtype
 
 
@@ -70,11 +82,11 @@ def _refined(
         except Refused as refused:
             return Refined(left=f"on the example: {refused}")
         if trial.key not in figures:
-            figures[trial.key] = saving_of_batch(trial.counted, trial.dtype), None
+            figures[trial.key] = saving_of_batch(trial.alive, trial.dtype), None
     saving, timing = figures[trial.key]
     if not tune:
         return Refined(check=check, saving=saving)
-    original, fused, draw, *_ = trial.counted
+    original, fused, draw, *_ = trial.alive
     if timing is None:
         with quiet(model, eager=False):
             timing = timed(original, fused, draw, trial.dtype, model.training)
@@ -90,9 +102,11 @@ def _trial(model: nn.Module, place: Place, inputs: tuple[Tensor, ...]) -> _Trial
         key = (type(joint), joint.key(module), *((t.shape, t.dtype, t.stride()) for t in inputs))
         if isinstance(joint, Site):
             original, fused, sample = joint.trial(module, model)
-            return _Trial(key, joint.given(original, fused, inputs), sample.dtype)
+            counted = joint.given(original, fused, inputs)
+            return _Trial(key, counted, joint.alive(counted), sample.dtype)
         sample = Sample(module, model, {} if joint.copied else None)
-        return _Trial(key, joint.given(sample, inputs), sample.dtype)
+        counted = joint.given(sample, inputs)
+        return _Trial(key, counted, counted, sample.dtype)
 
 
 def _verified(trial: _Trial, joint: Joint | Site) -> Check:

@@ -13,17 +13,25 @@ from .add_norm import AddNorm
 from .complex_turn import ComplexTurn
 from .gate import Gate
 from .joint import Joint, unwatched
+from .modulated import Modulated
 from .norm_act import InSequence, NormAct, in_sequence
 from .norm_add_act import NormAddAct
 from .rotary import Rotary
 from .sample import Draw, Refused, Sample
 from .savings import Saving, saving
-from .sites import Site, Unit, units
+from .sites import Known, Site, Unit, units
 from .source import rewritten
+from .tail import DropoutAdd, GatedAdd, ScaleAdd
 from .turn import Turn
 from .verify import Check, verify
 
-KINDS: tuple[type[Site], ...] = (Turn, ComplexTurn, Gate, NormAddAct, NormAct, AddNorm)
+#: Of two that want the same place the first has it, so the one that saves more stands first. Before a sum and the norm
+#: of it: a modulation, a factor or stochastic depth, which are passes of their own; behind it: dropout, which it does,
+#: too.
+KINDS: tuple[type[Site], ...] = (
+    *(Turn, ComplexTurn, Gate, NormAddAct, NormAct),
+    *(Modulated, ScaleAdd, GatedAdd, AddNorm, DropoutAdd),
+)
 
 
 @dataclass(frozen=True)
@@ -106,17 +114,17 @@ def _callees_first(parts: dict[str, Unit]) -> list[str]:
     return order
 
 
-def sites(module: nn.Module) -> list[Site]:
+def sites(module: nn.Module, known: Known) -> list[Site]:
     """The places in ``module``, none inside another."""
     found: list[Site] = list(InSequence.find(module))
     for unit in units(type(module)).values():
         taken: set[int] = set()
         for site_type in KINDS:
-            for site in site_type.find(module, unit):
+            for site in site_type.find(module, unit, known):
                 if taken.isdisjoint(site.numbers):
                     taken |= set(site.numbers)
                     found.append(site)
-    return found
+    return found or list(InSequence.passed_over(module))
 
 
 class Verdict(NamedTuple):
@@ -135,7 +143,7 @@ def examine(site: Site, module: nn.Module, root: nn.Module, known: dict[Hashable
         try:
             original, fused, sample = site.trial(module, root)
             check = verify(original, fused, lambda: site.draws(sample), sample.dtype, slack=site.slack)
-            known[key] = Verdict(check, saving(site.counted(original, fused, sample), sample.dtype))
+            known[key] = Verdict(check, saving(site.alive(site.counted(original, fused, sample)), sample.dtype))
         except Refused as refused:
             known[key] = str(refused)
     return known[key]

@@ -20,7 +20,7 @@ from .rewritten import Verdict, examine, joined, sites
 from .rotary import Rotary
 from .sample import Refused, Sample
 from .savings import Measure, Saving, saving
-from .sites import Site
+from .sites import Known, Site
 from .verify import Check, verify
 
 JOINTS: tuple[type[Joint], ...] = (
@@ -68,6 +68,7 @@ class Search:
         self.widths = {getattr(module, "in_features", None) for module in root.modules()}
         self.known: dict[Hashable, Outcome] = {}
         self.examined: dict[Hashable, Verdict | str] = {}
+        self.probed = Known()
 
     def joints(self, module: nn.Module) -> list[Found]:
         """The joints at ``module``: one that it is as a whole, or those in its source."""
@@ -131,13 +132,13 @@ class Search:
         if hasattr(module, "from_pretrained") or barrier(module, own=True):
             return []
         found = []
-        for site in sites(module):
+        for site in sites(module, self.probed):
             verdict = examine(site, module, self.root, self.examined)
             if isinstance(verdict, str):
                 found.append(Found("left", "", verdict, part=site.part))
             else:
                 saved = verdict.saving.of(site.measure(module))
-                found.append(Found("fused", site.operator, "", verdict.check, site, site.part, saved))
+                found.append(Found("fused", site.operator, site.note, verdict.check, site, site.part, saved))
         return found
 
 

@@ -43,13 +43,18 @@ class Site(ABC):
         return ""
 
     @property
+    def note(self) -> str:
+        """What the report adds where the place was fused."""
+        return ""
+
+    @property
     def refusal(self) -> str:
         """Why the place is left, where that is clear without a trial."""
         return ""
 
     @classmethod
     @abstractmethod
-    def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
+    def find(cls, module: nn.Module, unit: Unit, known: Known) -> Iterator[Site]:
         """Every such place in the unit."""
 
     @abstractmethod
@@ -68,6 +73,10 @@ class Site(ABC):
         """As of :class:`Joint`, of a trial."""
         draw = self.draws(sample)[0]
         return Counted(original, fused, draw, draw.inputs[0].numel())
+
+    def alive(self, counted: Counted) -> Counted:
+        """With what verification has to switch off, as dropout: to be counted and timed."""
+        return counted
 
     @abstractmethod
     def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -88,6 +97,19 @@ class Site(ABC):
     @abstractmethod
     def edits(self, name: str) -> dict[int, Callable[[Any], ast.AST]]:
         """What becomes of the nodes, where the fused function goes by ``name``."""
+
+
+class Known:
+    """What probing told of the parts of a model; parts of one kind are probed once."""
+
+    def __init__(self) -> None:
+        self.found: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, probe: Callable[[], Any]) -> Any:
+        """What probing gave for this key."""
+        if key not in self.found:
+            self.found[key] = probe()
+        return self.found[key]
 
 
 class Unit(NamedTuple):

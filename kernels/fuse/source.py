@@ -27,7 +27,8 @@ _FEATURES = functools.reduce(
 Edits = Mapping[int, Callable[[Any], ast.AST]]
 
 
-def numbered(tree: ast.AST) -> dict[int, int]:
+@functools.lru_cache(maxsize=4096)
+def numbered(tree: ast.AST) -> Mapping[int, int]:
     """The number of each node in a walk through the tree, by the node's id."""
     return {id(node): number for number, node in enumerate(ast.walk(tree))}
 
@@ -128,7 +129,7 @@ def _edited(function: types.FunctionType, edits: Edits, names: Mapping[str, Any]
 class _Editor(ast.NodeTransformer):
     """Copies a tree, with the edits; the tree itself is shared, and stays."""
 
-    def __init__(self, edits: Edits, numbers: dict[int, int]) -> None:
+    def __init__(self, edits: Edits, numbers: Mapping[int, int]) -> None:
         self.edits, self.numbers = edits, numbers
 
     def visit(self, node: ast.AST) -> Any:

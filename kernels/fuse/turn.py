@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..ops.rope import rope, rotate
 from .joint import takes
 from .sample import Draw, Sample
-from .sites import Site, Unit, called, resolved, units
+from .sites import Known, Site, Unit, called, resolved, units
 from .source import call, expression
 
 
@@ -29,7 +29,7 @@ class Turn(Site):
     interleaved: bool
 
     @classmethod
-    def find(cls, module: nn.Module, unit: Unit) -> Iterator[Site]:
+    def find(cls, module: nn.Module, unit: Unit, known: Known) -> Iterator[Site]:
         """Sums of two products, of which one has a rotated factor."""
         for number, node in enumerate(ast.walk(unit.tree)):
             parts = _parts(node)
