@@ -146,7 +146,7 @@ def count_dropped(run: Callable[[Operands, Tensor], Tensor], fused: Operands, li
     y = torch.ones(SAMPLES, *one.shape, dtype=one.dtype, device=one.device)
     y = y if last else y.movedim(-1, 1)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs too, which are not forked
         dropped, whole = run(dropping, y), run(copy.deepcopy(fused).eval(), y)
     kept, path = dropped != 0.0, any(step.how == "path" for step in fused.steps)
     flags = kept.flatten(1)[:, :1] if path else kept.flatten(1)

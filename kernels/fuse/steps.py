@@ -178,7 +178,7 @@ def _run(part: nn.Module, name: str, p: float, x: Tensor, *, training: bool) -> 
     module = copy.deepcopy(part).train(training)
     setattr(module, name, p)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
+        torch.default_generator.manual_seed(5)  # torch.manual_seed would seed GPUs too, which are not forked
         y: Tensor = module.forward(x.clone())
     return y
 
