@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from rich import box
 from rich.table import Table
 
 from . import tables
+from .providers import BASELINE
 from .records import Record
 
 TITLE = (
@@ -16,6 +18,7 @@ TITLE = (
     "run; predicted: microseconds of braze's kernels, from their counted traffic, launches and the ceilings of this "
     "GPU; error: the largest, relative to the result's scale (!: over the budget)"
 )
+SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "both"}
 COLUMNS = ("ms", "÷ braze", "cold ms", "cold ÷ braze", "host", "MiB", "% copy", "% matmul", "predicted", "error")
 
 
@@ -42,17 +45,14 @@ def _times(records: Sequence[Record]) -> Table:
         table.add_column(name, no_wrap=True)
     for name in COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
-    previous: tuple[str, ...] = ("", "")
-    for record in records:
-        case = " ".join(record[name] for name in ("op", "shape", "dtype"))
-        place = case, record["pass"]
-        if previous[0] not in ("", case):
-            table.add_section()
-        shown = [new if new != old or place[0] != previous[0] else "" for new, old in zip(place, previous, strict=True)]
-        previous = place
-        provider = record["provider"]
-        ran = f" ({record['implementation']})" if provider == "braze" else ""
-        table.add_row(*shown, provider + ran, *_cells(record))
+    for case, of_case in groupby(records, key=lambda r: (r["op"], r["shape"], r["dtype"])):
+        labels = iter(case)  # one below the other, beside the providers
+        for which, of_pass in groupby(of_case, key=lambda r: r["pass"]):
+            for i, record in enumerate(of_pass):
+                ran = f" ({record['implementation']})" if record["provider"] == BASELINE else ""
+                cells = (next(labels, ""), "" if i else SHORT[which], record["provider"] + ran)
+                table.add_row(*cells, *_cells(record))
+        table.add_section()
     return table
 
 
