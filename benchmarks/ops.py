@@ -18,20 +18,27 @@ the error.
 Passes are those of a training step. ``forward`` records its graph, as training needs it. ``backward`` runs alone, on
 graphs that were made before its clock started, each used once: no graph is retained, and no time is a difference of
 two. ``forward+backward`` is the whole. All compiled forms are compiled once for all three.
+
+``--quick`` on a CPU is for a first look: small sizes, float32, few rounds, and as many processes with one thread each
+as there are cores, which share the operators. Most of its time goes into compiling.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from braze.kernels import OPS
+from braze.kernels.op import Dims
 
 from . import ceilings, ops_table
-from .ops_case import cases
+from .ops_case import Case, cases
 from .ops_measure import COPY, QUICK, Effort, measure
 from .providers import NAMES
 from .records import Record
@@ -56,20 +63,52 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     ops = [op for op in OPS if not arguments.op or op.name in arguments.op]
     todo = list(cases(ops, DTYPES, device, quick=arguments.quick))
     dtypes = list(dict.fromkeys(case.dtype for case in todo))
+    apart = arguments.quick and device.type == "cpu" and len(ops) > 1
     records: list[Record] = []
     columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # A case has its own compilations of the same plain function; past the limit torch.compile would go eager, silently.
-    with Progress(*columns) as progress, torch._dynamo.config.patch(recompile_limit=10_000):
+    with Progress(*columns) as progress:
         task = progress.add_task("ceilings of this machine", total=len(todo))
-        found = ceilings.measure(device, dtypes)
-        for case in todo:
-            progress.update(task, description=f"{case.op.name} {dict(case.dims)}")
-            records += measure(case, QUICK if arguments.quick else Effort(), found, only=arguments.provider or ())
+        only = tuple(arguments.provider or ())
+        limits = ceilings.measure(device, dtypes)
+        effort = QUICK if arguments.quick else Effort()
+        found_by_case = _in_processes(todo, limits, only) if apart else _one_by_one(todo, effort, limits, only)
+        for case, found in found_by_case:
+            records += found
             arguments.keep(records)
-            progress.advance(task)
+            progress.update(task, description=f"{case.op.name} {dict(case.dims)}", advance=1)
+    order = [op.name for op in ops]
+    records.sort(key=lambda record: order.index(record["op"]))
     records += geometric_means(records)
     ops_table.show(records)
     return records
+
+
+def _one_by_one(
+    todo: Sequence[Case], effort: Effort, limits: ceilings.Ceilings, only: Sequence[str]
+) -> Iterator[tuple[Case, list[Record]]]:
+    # A case has its own compilations of the same plain function; past the limit torch.compile would go eager, silently.
+    with torch._dynamo.config.patch(recompile_limit=10_000):
+        for case in todo:
+            yield case, measure(case, effort, limits, only=only)
+
+
+def _in_processes(
+    todo: Sequence[Case], limits: ceilings.Ceilings, only: Sequence[str]
+) -> Iterator[tuple[Case, list[Record]]]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, torch.set_num_threads, (1,)) as pool:
+        running = {pool.submit(_quickly, case.op.name, case.dims, limits, only): case for case in todo}
+        try:
+            for done in as_completed(running):
+                yield running[done], done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _quickly(name: str, dims: Dims, limits: ceilings.Ceilings, only: Sequence[str]) -> list[Record]:
+    op = next(op for op in OPS if op.name == name)
+    case = Case(op, dims, DTYPES[0], torch.device("cpu"))
+    return [record for _, found in _one_by_one([case], QUICK, limits, only) for record in found]
 
 
 def geometric_means(records: Sequence[Record]) -> list[Record]:

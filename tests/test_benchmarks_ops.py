@@ -243,3 +243,21 @@ def test_geometric_mean_is_geometric() -> None:
     common = {"benchmark": "ops", "op": "x", "provider": "aten", "pass": "forward", "dtype": "float32", "shape": "N=1"}
     (mean,) = ops.geometric_means([{**common, "ratio": 0.5}, {**common, "ratio": 8.0}])
     assert mean["ratio"] == pytest.approx(2.0)
+
+
+def test_a_quick_run_shares_operators_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their records come back in the order of the operators; what was there when each came is kept."""
+    monkeypatch.setattr(ops.ceilings, "measure", lambda *_: CEILINGS)
+    parser = argparse.ArgumentParser()
+    ops.add_arguments(parser)
+    kept: list[int] = []
+    given = argparse.Namespace(quick=True, keep=lambda found: kept.append(len(found)))
+    words = ["--op", "softmax", "--op", "rms_norm", "--provider", "aten", "--device", "cpu"]
+    records = ops.run(parser.parse_args(words, given))
+    assert len(kept) == 2
+    names = [r["op"] for r in records if r["benchmark"] == "ops"]
+    assert names == sorted(names, key=[op.name for op in ops.OPS].index)
+    assert {r["threads"] for r in records if "threads" in r} == {1}
+    assert {(r["op"], r["provider"]) for r in records if "median_ms" in r and r["provider"] != "copy"} == {
+        (op, provider) for op in ("rms_norm", "softmax") for provider in ("aten", "braze")
+    }
