@@ -137,9 +137,10 @@ def test_a_failure_leaves_nothing_behind(repository: Repository, monkeypatch: py
 
 def test_ctrl_c_leaves_nothing_behind(repository: Repository, tmp_path: Path) -> None:
     code = f"""
-import argparse
+import argparse, signal
 from pathlib import Path
 from braze.benchmarks import compare
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
 compare.ROOT = Path({str(repository.root)!r})
 with compare.processes(compare.ROOT, "HEAD", "cpu"):
     print("started", flush=True)
