@@ -49,8 +49,7 @@ class Judge:
         self.op, self.call = op, call
         with use_backend("eager"), torch.no_grad():
             outputs = tensors(op.fn(*call.args, **call.kwargs))
-        generator = torch.Generator().manual_seed(1)
-        self.cotangents = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in outputs]
+        self.cotangents = cotangents_for(outputs)
         self.truth = self._reference(1.0, torch.float64)
         self.budget = [0.0] * len(self.truth)
         for scale in RESCALED:
@@ -107,6 +106,12 @@ def error(value: Tensor, truth: Tensor) -> float:
     difference = (value.double() - truth).abs().max().item()
     scale = truth.abs().max().item()
     return difference / scale if scale and difference == difference else float("inf") if difference else 0.0
+
+
+def cotangents_for(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Normal numbers for each output, always the same."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in outputs]
 
 
 def tensors(outputs: Any) -> Sequence[Tensor]:

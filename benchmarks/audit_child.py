@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import multiprocessing
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from braze.layouts import LayoutReport, audit, specifier
 
-from .child import ChildDied, death
+from .child import messages
 
 BATCH, FRAMES = 2, 8
 #: For the steps that may crash: with images of under 96² oneDNN overwrites too little.
@@ -84,12 +83,12 @@ def bare_steps(model_name: str) -> dict[str, Any]:
     return {}
 
 
-def answer(pipe: Connection, task: Callable[..., dict[str, Any]], *arguments: Any) -> None:
-    """Send what ``task`` returns, or the exception that it raises."""
+def _answer(task: Callable[..., dict[str, Any]], *arguments: Any) -> Iterator[Any]:
+    """What ``task`` returns, or the exception that it raises."""
     try:
-        pipe.send(task(*arguments))
+        yield task(*arguments)
     except Exception as error:
-        pipe.send(error)
+        yield error
 
 
 def in_child(task: Callable[..., dict[str, Any]], *arguments: Any, seconds: float) -> dict[str, Any]:
@@ -98,23 +97,9 @@ def in_child(task: Callable[..., dict[str, Any]], *arguments: Any, seconds: floa
     Raises:
         ChildDied: if the process ends without an answer, or has none after ``seconds``.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "timm", "torchvision"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=answer, args=(sender, task, *arguments), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        found = receiver.recv() if receiver.poll(seconds) else None
-    except EOFError:
-        found = None
-    else:
-        process.kill()
-        process.join()
-        if found is None:
-            raise ChildDied(f"no answer in {seconds:.0f} s")
-    if found is None:
-        raise ChildDied(death(process))
+    answers = messages(_answer, task, *arguments, preload=(__name__, "timm", "torchvision"), seconds=seconds)
+    with contextlib.closing(answers):  # what the process does after its answer is of no interest
+        found = next(answers)
     if isinstance(found, Exception):
         raise found
     return found

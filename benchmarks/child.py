@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ class _Done(NamedTuple):
 
 def messages(
     task: Callable[..., Iterator[Any]], *arguments: Any, preload: Sequence[str], seconds: float
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """What the generator ``task(*arguments)`` yields in another process, as it comes.
 
     The process is forked from one that has imported the modules of ``preload``, and computed nothing.

@@ -35,8 +35,11 @@ from .records import Record
 
 ROOT = Path(__file__).resolve().parents[1]
 BEFORE, AGAIN, HERE = "before", "before, again", "here"
-#: What is compared unless ``--op`` says otherwise: the operators that most models spend their time in.
-USUAL = ("rms_norm", "add_rms_norm", "layer_norm", "rope", "glu", "cross_entropy", "softmax")
+#: The operators that most models spend their time in: what is compared unless ``--op`` says otherwise.
+USUAL = (
+    "rms_norm", "add_rms_norm", "layer_norm", "rope", "glu", "cross_entropy", "linear_cross_entropy", "softmax",
+    "qk_norm_rope", "bias_act",
+)  # fmt: skip
 ROUNDS, QUICK_ROUNDS = 30, 10
 
 

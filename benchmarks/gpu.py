@@ -28,11 +28,6 @@ WHEELS = ROOT / "wheels"
 SECONDS = 1200
 NEEDED = ("triton", "pytest", "hypothesis", "rich", "numpy")
 
-#: The operators that most models spend their time in.
-FIRST = (
-    "rms_norm", "add_rms_norm", "layer_norm", "rope", "glu", "cross_entropy", "linear_cross_entropy", "softmax",
-    "qk_norm_rope", "bias_act",
-)  # fmt: skip
 CONTRACT = "triton or same_input or second_derivatives or retained_graph"
 LARGE = "more_elements_than_32_bits"
 #: Flags of pytest where a plugin that pyproject.toml configures is not installed.
@@ -90,8 +85,8 @@ def plan(results: Path, quick: bool, stretch: float = 1.0) -> list:
     """All steps, the most important first."""
     from braze.kernels import OPS
 
-    from .__main__ import COMMANDS
     from .budget import Step
+    from .compare import USUAL
 
     def tests(name: str, limit: float, *words: str) -> Step:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_plugins(), *words]
@@ -111,7 +106,7 @@ def plan(results: Path, quick: bool, stretch: float = 1.0) -> list:
 
     cuda = ("--device", "cuda")
     contract = str(ROOT / "tests" / "test_ops.py")
-    others = [op.name for op in OPS if op.name not in FIRST]
+    others = [op.name for op in OPS if op.name not in USUAL]
     plot = ("--plot", str(BUILD / "scaling.png"))
     ends = {"models": (150, cuda), "losses": (60, cuda), "optim": (60, cuda), "loaders": (45, ())}
     later = {"scaling": (120, (*cuda, *plot)), "channels_last": (120, cuda)}
@@ -120,10 +115,10 @@ def plan(results: Path, quick: bool, stretch: float = 1.0) -> list:
         tests("large tensors", 90, contract, "-k", LARGE),
         tests("other GPU tests", 60, str(ROOT / "tests"), "-m", "gpu", "-k", f"not {LARGE}",
               "--continue-on-collection-errors"),
-        *map(operator, FIRST),
-        *(benchmark(name, limit, *words) for name, (limit, words) in ends.items() if name in COMMANDS),
+        *map(operator, USUAL),
+        *(benchmark(name, limit, *words) for name, (limit, words) in ends.items()),
         *map(operator, others),
-        *(benchmark(name, limit, *words) for name, (limit, words) in later.items() if name in COMMANDS),
+        *(benchmark(name, limit, *words) for name, (limit, words) in later.items()),
         tests("contract, compiled", 600, contract, "-k", f"not ({CONTRACT} or {LARGE})"),
     ]  # fmt: skip
 

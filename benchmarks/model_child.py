@@ -199,14 +199,9 @@ def _time(runs: dict[str, Run], which: Pass, items: int, rounds: int, clock: tim
     with torch.set_grad_enabled(which == "training"):
         samples = timing.compare(work, clock, rounds)
     for name, run in timed.items():
-        low, median, high = samples.quartiles(name)
-        figures: Record = {"median_ms": 1e3 * median, "quartile_low_ms": 1e3 * low, "quartile_high_ms": 1e3 * high}
-        figures |= {"items_per_second": items / median, "rounds": rounds}
-        for prefix, baseline in (("", BRAZE), ("like_", LIKE.get(name))):
-            if baseline in work and baseline != name:
-                ratio = samples.ratio(name, baseline)
-                figures |= {f"{prefix}ratio": ratio.value, f"{prefix}ratio_low": ratio.low}
-                figures |= {f"{prefix}ratio_high": ratio.high}
+        figures: Record = samples.milliseconds(name, BRAZE)
+        figures |= samples.ratio_fields(name, LIKE.get(name, name), prefix="like_")
+        figures |= {"items_per_second": items / samples.quartiles(name).median, "rounds": rounds}
         run.figures[which] |= {**figures, "peak_bytes": run.learner.peak(work[name])}
 
 

@@ -31,11 +31,12 @@ class Case:
     dims: Dims
     dtype: torch.dtype
     device: torch.device
+    variant: str = "default"
 
     @property
     def options(self) -> dict[str, Any]:
         """What the operator's description is asked with."""
-        return {**self.op.variants["default"], **self.dims}
+        return {**self.op.variants[self.variant], **self.dims}
 
     def call(self) -> Call:
         """The arguments: always the same, differentiable where they can be."""

@@ -144,7 +144,7 @@ def _pass(
         if name != COPY:
             figures = _verdict(contestants[name], which)
         if name in work:
-            figures |= _times(name, warm, cold, BASELINE in work) | common
+            figures |= warm.milliseconds(name, BASELINE) | _cold(name, cold) | common
             figures |= _of_ceilings(case, which, figures["median_ms"] / 1e3, ceilings)
             predicted = name == BASELINE and ceilings and prediction.predicted_us(case, which, counted(), ceilings)
             figures |= {"predicted_us": predicted} if predicted else {}
@@ -164,15 +164,10 @@ def _verdict(one: Contestant, which: str) -> Record:
     return figures
 
 
-def _times(name: str, warm: timing.Samples, cold: timing.Samples, compared: bool) -> Record:
-    low, median, high = warm.quartiles(name)
-    figures = {"median_ms": 1e3 * median, "quartile_low_ms": 1e3 * low, "quartile_high_ms": 1e3 * high}
-    figures["cold_median_ms"] = 1e3 * cold.quartiles(name).median
-    if compared and name != BASELINE:
-        ratio = warm.ratio(name, BASELINE)
-        figures |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
-        figures["cold_ratio"] = cold.ratio(name, BASELINE).value
-    return figures
+def _cold(name: str, cold: timing.Samples) -> Record:
+    ratio = cold.ratio_fields(name, BASELINE, prefix="cold_")
+    found = {"cold_ratio": ratio["cold_ratio"]} if ratio else {}
+    return {"cold_median_ms": 1e3 * cold.quartiles(name).median, **found}
 
 
 def _of_ceilings(case: Case, which: str, seconds: float, ceilings: Ceilings | None) -> Record:

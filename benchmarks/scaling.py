@@ -19,23 +19,21 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from braze.kernels import OPS, dispatch
-from braze.kernels.op import Call, Dims, Draw, Op
+from braze.kernels import OPS
+from braze.kernels.op import Dims
 
 from . import ceilings, memory, scaling_report, tables, timing
-from .accuracy import TRUTH_COPIES, Judge, leaves, tensors
+from .accuracy import TRUTH_COPIES, Judge, cotangents_for, leaves, tensors
 from .ceilings import Ceilings
-from .ops_case import device_name
+from .ops_case import BOTH, Case
+from .providers import ATEN, BASELINE, COMPILED, Absent, Provider, providers
 from .records import Record
 
-PASS = "forward+backward"
-BRAZE = "braze"
-PROVIDERS = ("aten", "compiled", BRAZE)
+PROVIDERS = (ATEN, COMPILED, BASELINE)
 ROUNDS, QUICK_ROUNDS = 15, 5
 QUICK_SIZES = 3
 #: The sizes at the end whose times the slope is fitted to.
@@ -52,28 +50,11 @@ class Sweep:
     cpu: Sequence[int]
     cuda: Sequence[int]
     variant: str = "default"
-    #: Whether arithmetic is most of it: products of matrices.
-    matmul: bool = False
 
-    @property
-    def operator(self) -> Op:
-        """The operator itself."""
-        return next(op for op in OPS if op.name == self.op)
-
-    def call(self, size: int, dtype: torch.dtype, device: torch.device) -> Call:
-        """The arguments at a size: always the same."""
-        return self.operator.inputs(Draw(0, dtype, device), **self._options(size))
-
-    def least_bytes(self, size: int, itemsize: int) -> int:
-        """What must be moved at least, forward and backward."""
-        return sum(self.operator.traffic(itemsize, **self._options(size)))
-
-    def flops(self, size: int) -> int:
-        """Of matrix products, forward and backward: the gradient of each operand is one more."""
-        return 3 * self.operator.flops(**self.dims(size)) if self.matmul else 0
-
-    def _options(self, size: int) -> dict[str, Any]:
-        return {**self.operator.variants[self.variant], **self.dims(size)}
+    def case(self, size: int, device: torch.device) -> Case:
+        """The operator on one size."""
+        op = next(op for op in OPS if op.name == self.op)
+        return Case(op, self.dims(size), _dtype(device), device, self.variant)
 
 
 SWEEPS = (
@@ -104,7 +85,6 @@ SWEEPS = (
         lambda n: {"N": 512, "D": 256, "C": n},
         cpu=(1024, 2048, 4096, 8192, 16_384),
         cuda=(8192, 16_384, 32_768, 65_536, 131_072),
-        matmul=True,
     ),
     Sweep(
         "rope",
@@ -134,7 +114,6 @@ SWEEPS = (
         lambda n: {"N": 512, "D": n, "H": 3 * n},
         cpu=(64, 128, 256, 512, 1024),
         cuda=(512, 1024, 2048, 4096, 8192),
-        matmul=True,
     ),
 )
 
@@ -185,53 +164,50 @@ def measure(
     clock: timing.Clock,
 ) -> Iterator[list[Record]]:
     """The records of each size of a sweep; what is wrong at an end of it is known before the first is timed."""
-    functions, absent = _providers(sweep.operator, device)
+    contestants = _contestants(sweep.case(sizes[0], device))
     wrong: dict[str, str] = {}
     checked = set()
     for size in dict.fromkeys((sizes[0], sizes[-1])):
-        verdicts = judge(sweep, size, functions, device)
+        verdicts = judge(sweep.case(size, device), contestants)
         if verdicts is not None:
             checked.add(size)
-            wrong = {**verdicts, **wrong}
+            wrong = {**{name: f"wrong: at {size}, {what}" for name, what in verdicts.items()}, **wrong}
     for size in sizes:
-        timed = {name: fn for name, fn in functions.items() if name != BRAZE or name not in wrong}
-        figures = _figures(sweep.call(size, _dtype(device), device), timed, device, rounds, clock)
-        least, dtype = sweep.least_bytes(size, _dtype(device).itemsize), _dtype(device)
-        roofline = limits.seconds(dtype, least, sweep.flops(size))
-        yield [
-            {
-                "benchmark": "scaling",
-                "op": sweep.op,
-                "provider": name,
-                "pass": PASS,
-                "dtype": str(dtype).removeprefix("torch."),
-                "axis": sweep.axis,
-                "size": size,
-                "shape": " ".join(f"{dim}={n}" for dim, n in sweep.dims(size).items()),
-                "device": device_name(device),
-                "threads": torch.get_num_threads(),
-                "status": absent.get(name) or (f"wrong: {wrong[name]}" if name in wrong else "ok"),
-                "judged": size in checked,
-                "least_bytes": least,
-                "copy_ceiling_gbs": limits.copy_gbs,
-                "matmul_ceiling_tflops": limits.matmul(dtype),
-                "roofline_ms": None if roofline is None else 1e3 * roofline,
-                **figures.get(name, {}),
-            }
-            for name in PROVIDERS
-        ]
+        case = sweep.case(size, device)
+        there = {name: one for name, one in contestants.items() if isinstance(one, Provider)}
+        timed = {name: one for name, one in there.items() if one.keeps_time or name not in wrong}
+        figures = _figures(case, timed, rounds, clock)
+        least = case.least_bytes(BOTH)
+        roofline = limits.seconds(case.dtype, least, case.matmul_flops(BOTH) or 0)
+        common = {
+            "benchmark": "scaling",
+            "axis": sweep.axis,
+            "size": size,
+            "judged": size in checked,
+            "least_bytes": least,
+            "copy_ceiling_gbs": limits.copy_gbs,
+            "matmul_ceiling_tflops": limits.matmul(case.dtype),
+            "roofline_ms": None if roofline is None else 1e3 * roofline,
+        }
+        for name, one in contestants.items():
+            status = one.reason if isinstance(one, Absent) else wrong.get(name, "ok")
+            figures[name] = {**common, "status": status, **figures.get(name, {})}
+        yield [case.record(BOTH, name, **figures[name]) for name in PROVIDERS]
 
 
-def judge(
-    sweep: Sweep, size: int, functions: Mapping[str, Callable[..., Any]], device: torch.device
-) -> dict[str, str] | None:
-    """What is wrong with whom at a size; None where the truth does not fit into memory."""
-    if TRUTH_COPIES * sweep.least_bytes(size, 8) > memory.available(device):
+def judge(case: Case, contestants: Mapping[str, Provider | Absent]) -> dict[str, str] | None:
+    """What is wrong with whom; None where the truth does not fit into memory."""
+    if TRUTH_COPIES * case.least_bytes(BOTH, itemsize=8) > memory.available(case.device):
         return None
-    call = sweep.call(size, _dtype(device), device)
-    truth = Judge(sweep.operator, call)
-    errors = {name: truth.errors(fn, gradients=True) for name, fn in functions.items()}
-    return {name: f"at {size}, {one.wrong}" for name, one in errors.items() if one.wrong}
+    truth = Judge(case.op, case.call())
+    there = {name: one.function for name, one in contestants.items() if isinstance(one, Provider)}
+    errors = {name: truth.errors(fn, gradients=True) for name, fn in there.items()}
+    return {name: one.wrong for name, one in errors.items() if one.wrong}
+
+
+def _contestants(case: Case) -> dict[str, Provider | Absent]:
+    found = providers(case, case.call(), only=PROVIDERS)
+    return {name: found[name] for name in PROVIDERS}
 
 
 def slopes(found: Sequence[Record]) -> list[Record]:
@@ -265,37 +241,22 @@ def _dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _providers(op: Op, device: torch.device) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-    missing = dispatch.unavailable(op, "compile", device.type, _dtype(device))
-    functions = {"aten": op.aten, BRAZE: op.fn}
-    if missing:
-        return functions, {"compiled": f"unavailable: {missing}"}
-    return functions | {"compiled": torch.compile(op.aten, dynamic=False)}, {}
-
-
-def _figures(
-    call: Call, functions: Mapping[str, Callable[..., Any]], device: torch.device, rounds: int, clock: timing.Clock
-) -> dict[str, Record]:
-    wanted = leaves(call)
+def _figures(case: Case, timed: Mapping[str, Provider], rounds: int, clock: timing.Clock) -> dict[str, Record]:
+    call = case.call()
     with torch.no_grad():
-        outputs = tensors(next(iter(functions.values()))(*call.args, **call.kwargs))
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in outputs]
+        outputs = tensors(case.op.fn(*call.args, **call.kwargs))
+    cotangents = cotangents_for(outputs)
     del outputs
-
-    def work(fn: Callable[..., Any]) -> timing.Work:
-        return lambda: torch.autograd.grad(tensors(fn(*call.args, **call.kwargs)), wanted, cotangents)
-
-    works = {name: work(fn) for name, fn in functions.items()}
+    works = {name: case.work(BOTH, one.function, call, cotangents) for name, one in timed.items()}
     samples = timing.compare(works, clock, rounds)
-    found = {}
-    for name, one in works.items():
-        low, median, high = samples.quartiles(name)
-        figures: Record = {"median_ms": 1e3 * median, "quartile_low_ms": 1e3 * low, "quartile_high_ms": 1e3 * high}
-        if BRAZE in works and name != BRAZE:
-            ratio = samples.ratio(name, BRAZE)
-            figures |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
-        peak = memory.peak(one, device)
-        floor = sum(x.numel() * x.element_size() for x in wanted)
-        found[name] = {**figures, "rounds": rounds, "peak_bytes": peak, "gradient_bytes": floor}
-    return found
+    peaks = memory.peaks(works, case.device)
+    floor = sum(x.nbytes for x in leaves(call))
+    return {
+        name: {
+            **samples.milliseconds(name, BASELINE),
+            "rounds": rounds,
+            "peak_bytes": peaks[name],
+            "gradient_bytes": floor,
+        }
+        for name in works
+    }

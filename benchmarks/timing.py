@@ -75,6 +75,19 @@ class Samples:
         spread = {"median_s": median, "quartile_low_s": low, "quartile_high_s": high}
         return {**spread, "ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
 
+    def milliseconds(self, provider: str, baseline: str) -> dict[str, float]:
+        """The spread in milliseconds, as the fields of a record; the ratio, if the baseline was timed, too."""
+        low, median, high = self.quartiles(provider)
+        spread = {"median_ms": 1e3 * median, "quartile_low_ms": 1e3 * low, "quartile_high_ms": 1e3 * high}
+        return spread | self.ratio_fields(provider, baseline)
+
+    def ratio_fields(self, provider: str, baseline: str, prefix: str = "") -> dict[str, float]:
+        """The ratio to another provider, as the fields of a record; none where that was not timed."""
+        if baseline not in self._seconds or baseline == provider:
+            return {}
+        ratio = self.ratio(provider, baseline)
+        return {f"{prefix}ratio": ratio.value, f"{prefix}ratio_low": ratio.low, f"{prefix}ratio_high": ratio.high}
+
     def ratio(self, provider: str, baseline: str) -> Ratio:
         """How many times as long as ``baseline`` the ``provider`` takes.
 

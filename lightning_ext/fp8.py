@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from braze.kernels.fuse.choices import matches
+from braze.kernels.fuse.sites import hooked
 
 RecipeName = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 #: torchao's recipes: one scale for a tensor; one for each row; rows, with gradients of weights in bfloat16.
@@ -102,16 +103,6 @@ def _reason(path: str, layer: nn.Linear, skip: Sequence[str]) -> str | None:
         return "left: it is the whole model, which cannot be replaced in place"
     if layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
         return f"left: {layer.in_features} → {layer.out_features} features are not both multiples of {MULTIPLE}"
-    if any(getattr(layer, name) for name in _HOOKS):
+    if hooked(layer) or layer._state_dict_hooks or layer._load_state_dict_pre_hooks:
         return "left: it has hooks, which the new layer would lack"
     return None
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-)

@@ -1,4 +1,7 @@
-"""fuse at the end of residual blocks: factors, stochastic depth and dropout of a branch go into its sum."""
+"""fuse at the end of residual blocks: factors, stochastic depth and dropout of a branch go into its sum.
+
+One file, because every test goes over the same spellings of a branch; real models are in test_fuse_branch_models.py.
+"""
 
 import copy
 import pickle

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from braze.benchmarks import __main__ as benchmarks
-from braze.benchmarks import budget, gpu, records
+from braze.benchmarks import budget, compare, gpu, records
 from braze.benchmarks.budget import Step
 from braze.benchmarks.checkout import namespace
 from braze.kernels import OPS
@@ -144,10 +144,12 @@ def test_every_command_of_the_plan_parses_and_every_file_exists(tmp_path: Path) 
         assert all(("--quick" in step.command) == quick for step in steps if "braze.benchmarks" in step.command)
     timed = [step.command[step.command.index("--op") + 1] for step in steps if "--op" in step.command]
     assert sorted(timed) == sorted(op.name for op in OPS)
-    assert timed[: len(gpu.FIRST)] == list(gpu.FIRST)
+    assert timed[: len(compare.USUAL)] == list(compare.USUAL)
     names = [step.name for step in steps]
     assert names[:3] == ["contract", "large tensors", "other GPU tests"]
-    assert names.index(f"ops {gpu.FIRST[-1]}") < names.index("losses") < names.index("optim") < names.index("loaders")
+    assert (
+        names.index(f"ops {compare.USUAL[-1]}") < names.index("losses") < names.index("optim") < names.index("loaders")
+    )
 
 
 def test_what_the_plan_counts_on_fits_into_its_budget(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ pytest.importorskip("rich", reason="needs the extra braze[bench]")
 
 from braze.benchmarks import memory, scaling, scaling_report
 from braze.benchmarks.ceilings import Ceilings
+from braze.benchmarks.ops_case import BOTH
+from braze.benchmarks.providers import Absent, Provider
 from braze.kernels import OPS, dispatch
 from braze.kernels.op import Op
 
@@ -23,7 +25,7 @@ CPU = torch.device("cpu")
 LIMITS = Ceilings(copy_gbs=10.0, matmul_tflops={"torch.float32": 0.1})
 SIZES = (16, 32, 64)
 TINY = scaling.Sweep("rms_norm", "rows", lambda n: {"N": n, "D": 64}, cpu=SIZES, cuda=SIZES)
-RMS_NORM = TINY.operator
+RMS_NORM = TINY.case(16, CPU).op
 
 
 @pytest.mark.parametrize("sweep", scaling.SWEEPS, ids=lambda sweep: f"{sweep.op} {sweep.axis}")
@@ -36,9 +38,10 @@ def test_shapes_grow_only_along_their_axis(sweep: scaling.Sweep) -> None:
             grown = {name for name in before if before[name] != after[name]}
             assert grown
             assert all(after[name] * small == before[name] * large for name in grown)
-            assert sweep.least_bytes(small, 4) < sweep.least_bytes(large, 4)
-            assert sweep.flops(small) <= sweep.flops(large)
-    assert (sweep.flops(sweep.cpu[0]) > 0) == sweep.matmul
+            one, other = sweep.case(small, CPU), sweep.case(large, CPU)
+            assert one.least_bytes(BOTH) < other.least_bytes(BOTH)
+            assert (one.matmul_flops(BOTH) or 0) <= (other.matmul_flops(BOTH) or 0)
+    assert (one.matmul_flops(BOTH) is not None) == (sweep.op in ("linear_cross_entropy", "gated_mlp"))
 
 
 def test_the_roofline_is_the_longer_of_the_two() -> None:
@@ -92,8 +95,12 @@ def test_a_braze_that_is_wrong_at_one_end_is_refused_at_all_sizes(monkeypatch: p
         return RMS_NORM.fn(x, weight, **options) * (1.001 if len(x) >= 64 else 1.0)
 
     without_compile(monkeypatch)
-    functions = {"aten": RMS_NORM.aten, "braze": wrong_from_64_rows}
-    monkeypatch.setattr(scaling, "_providers", lambda op, device: (functions, {"compiled": "absent"}))
+    found = {
+        "aten": Provider(RMS_NORM.aten, "eager", keeps_time=True),
+        "compiled": Absent("absent"),
+        "braze": Provider(wrong_from_64_rows, "eager", keeps_time=False),
+    }
+    monkeypatch.setattr(scaling, "_contestants", lambda case: found)
     for record in records(SIZES[::2]):
         if record["provider"] == "braze":
             assert record["status"].startswith("wrong: at 64, output 0")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ..ops.layer_norm import add_layer_norm
 from ..ops.rms_norm import add_rms_norm
-from .joint import fused_class, fusion, takes
-from .norms import Norm
-from .sample import Draw, Refused, Sample, kind
+from .joint import fused_class, takes
+from .norms import Norm, original_type, recognised
+from .sample import Draw, Sample, kind
 from .savings import Counted, Measure
 from .sites import Known, Site, Unit, called, child, hooked
 from .source import blocks, call, expression, numbered
@@ -230,28 +230,6 @@ def _evaluated(node: ast.AST) -> Iterator[ast.AST]:
     for inner in ast.iter_child_nodes(node):
         yield from _evaluated(inner)
     yield node
-
-
-def original_type(norm: Any) -> type[nn.Module]:
-    """The class of a norm, before it was fused."""
-    made = fusion(norm)
-    return type(norm) if made is None else made.original
-
-
-def recognised(norm: nn.Module, known: Known) -> Norm | None:
-    """The row norm that the module is, fused already or not."""
-    made = fusion(norm)
-    if made is not None:
-        return made.joint if isinstance(made.joint, Norm) else None
-    found: Norm | None = known.once((Norm, kind(norm)), lambda: _probed(norm)) if Norm.suits(norm) else None
-    return found
-
-
-def _probed(norm: nn.Module) -> Norm | None:
-    try:
-        return Norm.recognise(Sample(norm, norm, {}))
-    except Refused:
-        return None
 
 
 def _suits(branch: Any, residual: Any, weight: Tensor | None) -> bool:

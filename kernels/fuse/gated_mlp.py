@@ -19,6 +19,7 @@ from ..ops.glu import glu
 from .joint import Joint, own_forward, takes
 from .sample import Draw, Exactly, Refused, Sample
 from .savings import Counted, Measure
+from .sites import hooked
 
 #: Parameters of the largest module that is copied at its full size.
 LARGEST_COPY = 2**22
@@ -93,7 +94,7 @@ class GatedMLP(Joint):
 
         @functools.wraps(own)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if len(args) != 1 or kwargs or not takes(args[0]) or (child and _hooked(getattr(self, child))):
+            if len(args) != 1 or kwargs or not takes(args[0]) or (child and hooked(getattr(self, child))):
                 return own(self, *args, **kwargs)
             x = args[0]
             return getattr(self, down)(glu(getattr(self, gate)(x), getattr(self, up)(x), activation=activation))
@@ -133,8 +134,3 @@ def _linear(module: nn.Module) -> bool:
     return isinstance(getattr(module, "in_features", None), int) and isinstance(
         getattr(module, "out_features", None), int
     )
-
-
-def _hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(map(bool, hooks))

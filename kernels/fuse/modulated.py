@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.modulated_norm import modulated_layer_norm, modulated_rms_norm
-from .add_norm import original_type, recognised
 from .joint import fused_class, takes
-from .norms import Norm
+from .norms import Norm, original_type, recognised
 from .sample import Draw, Sample, kind
 from .savings import Counted, Measure
 from .sites import Known, Site, Unit, called, child, hooked, resolved

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from ..ops.layer_norm import layer_norm
 from ..ops.layer_norm_2d import layer_norm_2d
 from ..ops.rms_norm import rms_norm
-from .joint import Joint, own_forward, takes
-from .sample import Draw, Exactly, Refused, Sample
+from .joint import Joint, fusion, own_forward, takes
+from .sample import Draw, Exactly, Refused, Sample, kind
 from .savings import ELEMENT, Measure
+from .sites import Known
 
 #: Width of the sample of a norm that has no parameter to tell its width.
 ANY_WIDTH = 48
@@ -258,3 +259,28 @@ def _result(module: nn.Module, inputs: torch.dtype, parameters: torch.dtype) -> 
     except Exception:
         return None
     return y.dtype if isinstance(y, Tensor) else None
+
+
+# ---- Norms beside others in the source of a forward.
+
+
+def original_type(norm: Any) -> type[nn.Module]:
+    """The class of a norm, before it was fused."""
+    made = fusion(norm)
+    return type(norm) if made is None else made.original
+
+
+def recognised(norm: nn.Module, known: Known) -> Norm | None:
+    """The row norm that the module is, fused already or not."""
+    made = fusion(norm)
+    if made is not None:
+        return made.joint if isinstance(made.joint, Norm) else None
+    found: Norm | None = known.once((Norm, kind(norm)), lambda: _probed(norm)) if Norm.suits(norm) else None
+    return found
+
+
+def _probed(norm: nn.Module) -> Norm | None:
+    try:
+        return Norm.recognise(Sample(norm, norm, {}))
+    except Refused:
+        return None

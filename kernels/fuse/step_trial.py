@@ -17,7 +17,7 @@ from .sample import Refused, Sample, kind
 from .savings import Counted
 from .sites import resolved, units
 from .source import expression
-from .steps import DEVIATIONS, Step, applied, factor
+from .steps import DEVIATIONS, Step, applied, factor, view
 
 #: The probability at which what is dropped is counted, and of how many samples.
 HALF, SAMPLES = 0.5, 256
@@ -91,7 +91,7 @@ def here(step: Step, module: nn.Module, unit: str) -> Any:
     if step.how == "gate" or (step.how == "dropout" and step.owner is None):
         return None
     if step.owner is None:
-        return eval(step.source, {"__builtins__": {}}, {"self": module})  # a view of a parameter: see steps.py
+        return view(step.source, module)
     return resolved(expression(step.source), module, units(type(module))[unit].function)
 
 

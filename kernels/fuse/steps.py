@@ -195,13 +195,19 @@ def _factor(node: ast.expr, module: nn.Module, unit: Unit) -> Step | None:
     if not isinstance(parameter, nn.Parameter) or parameter.numel() < 2:
         return None
     try:
-        value = eval(source, {"__builtins__": {}}, {"self": module})  # a view of the parameter, by its methods
+        value = view(source, module)
     except Exception:
         return None
     shape = _trailing(value.shape)
     if shape.numel() != max(shape) or value.numel() != parameter.numel():
         return None
     return Step("scale", source, channels=len(shape) > 1) if shape[0] == shape.numel() else None
+
+
+def view(source: str, module: nn.Module) -> Tensor:
+    """A view of a parameter of the module, by its methods, as the source has it."""
+    value: Tensor = eval(source, {"__builtins__": {}}, {"self": module})
+    return value
 
 
 _VIEWS = ("reshape", "view", "unsqueeze", "flatten", "to")
