@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import memory, timing
-from .model_providers import BRAZE, LIKE, NAMES, VANILLA, Absent, Learner, Task, learner
+from .model_providers import BRAZE, COMPILED, LIKE, NAMES, VANILLA, Absent, Learner, Task, learner
 from .ops_case import device_name
 from .records import Record
 from .workloads import WORKLOADS, Scale, shape
@@ -114,7 +114,7 @@ def _group(task: Task, names: Sequence[str], budget: Budget, items: int, quick: 
     runs: dict[str, Run] = {}
     for name in names:
         yield Stage(name)
-        compiles = quick and "compiled" in name
+        compiles = quick and name.endswith(COMPILED)
         absent = "skipped: --quick compiles no model, which takes a minute"
         runs[name] = _none(absent) if compiles else judge(task, name, budget)
     for which in ("inference", "training"):

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from braze.lightning_ext import FusedPrecision
 
 from . import memory
-from .model_providers import BRAZE, Task, adamw
+from .model_providers import BRAZE, COMPILED, Task, adamw
 
 #: Steps whose memory is looked at: the gradients of one live on through the next one's forward pass.
 MEASURED = 2
@@ -28,7 +28,8 @@ class LightningLearner:
     """A Trainer in a thread of its own, which waits before every batch until a step is asked for.
 
     So a step is all that a Trainer does from one batch to the next. Braze is there as a user has it: ``FusedPrecision``
-    as the Trainer's plugin, and its AdamW.
+    as the Trainer's plugin, and its AdamW. Compiled, vanilla is the whole model, and braze the plugin's own
+    ``compile="regional"``.
     """
 
     infers = False
@@ -93,11 +94,13 @@ class LightningLearner:
     def _fit(self) -> None:
         try:
             precision: Any = self._task.dtype
-            fused = self._name.startswith(BRAZE)
+            fused, compiled = self._name.startswith(BRAZE), self._name.endswith(COMPILED)
+            if compiled and not fused:
+                self._module.network.compile(dynamic=False)
             trainer = L.Trainer(
                 accelerator=self._task.device.type,
                 devices=1,
-                plugins=[FusedPrecision(precision)] if fused else None,
+                plugins=[FusedPrecision(precision, compile="regional" if compiled else "off")] if fused else None,
                 precision=None if fused else precision,
                 max_epochs=-1,
                 logger=False,

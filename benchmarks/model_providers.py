@@ -30,9 +30,17 @@ LEARNING_RATE = 1e-4
 #: The baseline of all ratios.
 BRAZE = "braze"
 VANILLA = "eager"
+#: How the names of those end that compile.
+COMPILED = "compiled"
 #: What each provider is compared with besides: braze, run in the same way.
-LIKE = {"eager": BRAZE, "liger": BRAZE, "compiled": "braze compiled", "lightning": "braze lightning"}
-LIGHTNING = ("lightning", "braze lightning")
+LIKE = {
+    "eager": BRAZE,
+    "liger": BRAZE,
+    "compiled": "braze compiled",
+    "lightning": "braze lightning",
+    "lightning compiled": "braze lightning compiled",
+}
+LIGHTNING = ("lightning", "braze lightning", "lightning compiled", "braze lightning compiled")
 
 
 class Absent(Exception):

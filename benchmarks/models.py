@@ -2,7 +2,8 @@
 
 A training step is forward, backward and AdamW: ``torch.optim``'s with its defaults, and braze's own where the provider
 is braze. Inference is a forward pass without gradients. Providers are eager, compiled (``torch.compile`` of the whole
-model, static shapes), and, for training, under a Lightning Trainer: vanilla, and with ``FusedPrecision`` as its plugin.
+model, static shapes), and, for training, under a Lightning Trainer: vanilla, and with ``FusedPrecision`` as its plugin,
+each eager and compiled (the plugin by its ``compile="regional"``).
 
 A provider whose answer or losses are further from vanilla's than roundings put them (``model_child.py``) is refused:
 it gets the word "wrong" and no time. Losses are those of a few steps before the timed ones, as many for all. Memory is
