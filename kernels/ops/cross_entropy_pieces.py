@@ -106,16 +106,15 @@ def gradient(
     if reduction == "mean":
         grad = grad / w.masked_fill(ignored, 0.0).sum()
     pull = (1.0 - label_smoothing) * w
-    push = pull
     every = torch.arange(C, device=x.device).view(-1, *[1] * (x.dim() - classes - 1))
-    ds = torch.where(every == index, -pull, 0.0)
+    p = (s - peak - log_sum).exp()
+    ds = torch.where(every == index, p - 1.0, p) * pull
     if label_smoothing:
         each = torch.ones_like(every, dtype=s.dtype) if weight is None else weight.to(s.dtype).view(every.shape)
-        ds = ds - label_smoothing / C * each
-        push = push + label_smoothing / C * each.sum()
+        ds = ds + label_smoothing / C * (p * each.sum() - each)
     if z_loss:
-        push = push + 2.0 * z_loss * w * (peak + log_sum)
-    ds = (ds + (s - peak - log_sum).exp() * push) * grad
+        ds = ds + p * (2.0 * z_loss * w * (peak + log_sum))
+    ds = ds * grad
     if softcap is not None:
         ds = ds * (1.0 - (s / softcap).square())
     return ds.masked_fill(ignored, 0.0).to(x.dtype)

@@ -12,8 +12,8 @@ Two messages then serve all positions: the maximum m of the m_r, and, of what is
 Their size does not depend on C. How many classes each process holds, and the sum of their weights, goes with the first.
 Backward nothing is sent: the gradient of a logit is its process's own affair once lse is known,
 
-    ds = exp(s − lse)·push − [c = t]·pull − each·w_c        with g, the gradient of the position's loss, in all three:
-    pull = g·(1 − ε)·w_t        each = g·ε / C        push = pull + each·Σ w_c + g·2·z_loss·w_t·lse
+    ds = (p − [c = t])·pull + p·lift − each·w_c        with p = exp(s − lse) and g, the gradient of the position's loss:
+    pull = g·(1 − ε)·w_t        each = g·ε / C        lift = each·Σ w_c + g·2·z_loss·w_t·lse
 
 All implementations send the same messages: processes may run different ones.
 
@@ -87,8 +87,8 @@ def gradient(
     weight: Tensor | None,
     base: Tensor,
     log_sum: Tensor,
-    push: Tensor,
     pull: Tensor,
+    lift: Tensor | None,
     each: Tensor | None,
     *,
     softcap: float | None,
@@ -96,9 +96,11 @@ def gradient(
     """The gradient of logits [N, V], 0 where ignored."""
     ignored = index == IGNORED
     s = scores(x, ignored, softcap)
-    ds = (s - base[:, None] - log_sum[:, None]).exp() * push[:, None]
+    p = (s - base[:, None] - log_sum[:, None]).exp()
     own = torch.arange(x.shape[1], device=x.device)
-    ds = ds - torch.where(own == index[:, None], pull[:, None], 0.0)
+    ds = torch.where(own == index[:, None], p - 1.0, p) * pull[:, None]
+    if lift is not None:
+        ds = ds + p * lift[:, None]
     if each is not None:
         ds = ds - (each[:, None] if weight is None else each[:, None] * weight.to(s.dtype))
     if softcap is not None:
@@ -201,14 +203,14 @@ def logits_gradient(
     """What ``write`` makes of logits [N, V], where ``grad`` is that of each loss [N], or of their sum."""
     place, base, log_sum, w, classes, weight_sum = known
     pull = grad * (1.0 - label_smoothing) * w
-    push = pull
-    each = None
+    lift = each = None
     if label_smoothing:
         each = (grad * label_smoothing / classes).expand_as(w).contiguous()
-        push = push + each * weight_sum
+        lift = each * weight_sum
     if z_loss:
-        push = push + grad * 2.0 * z_loss * w * (base + log_sum)
-    return write(x, place, weight if label_smoothing else None, base, log_sum, push, pull, each, softcap=softcap)
+        of_z = grad * 2.0 * z_loss * w * (base + log_sum)
+        lift = of_z if lift is None else lift + of_z
+    return write(x, place, weight if label_smoothing else None, base, log_sum, pull, lift, each, softcap=softcap)
 
 
 def reference(

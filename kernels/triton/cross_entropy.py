@@ -5,7 +5,7 @@ With s = softcap·tanh(x / softcap) or x, W = Σ w_c and the upstream gradient g
     forward   m = max s      l = log Σ exp(s − m)      lse = m + l
               loss = (1 − ε)·w_t·(lse − s_t) + (ε / V)·Σ w_c·(lse − s_c) + z·w_t·lse²
     backward  p = exp(s − m − l)
-              ds = g·(p·((1 − ε)·w_t + (ε / V)·W + 2z·w_t·lse) − (1 − ε)·w_t·[c = t] − (ε / V)·w_c)
+              ds = g·((1 − ε)·w_t·(p − [c = t]) + (ε / V)·(W·p − w_c) + 2z·w_t·lse·p)
               dx = ds·(1 − tanh²(x / softcap))
 
 Memory-bound: the logits are read once forward, with a running maximum and sum (Milakov and Gimelshein, 2018), and once
@@ -110,25 +110,20 @@ def _backward(
     if weight is not None:
         w = tl.load(weight + t, valid, other=float("nan")).to(tl.float32)
     pull = (1.0 - smoothing) * w
-    push = pull
-    if SMOOTHED:
-        W = 1.0 * V
-        if weight is not None:
-            W = tl.load(weight_sum)
-        push += smoothing / V * W
-    if z_loss is not None:
-        push += 2.0 * z_loss * w * (base + log_sum)
     s = tl.load(x + n[:, None] * x_stride + v[None, :], inside, other=0.0).to(tl.float32)
     if softcap is not None:
         bounded, slope = tanh(s / softcap)
         s = softcap * bounded
-    ds = tl.exp(s - base[:, None] - log_sum[:, None]) * push[:, None]
-    ds -= tl.where(v.to(tl.int64)[None, :] == t[:, None], pull[:, None], 0.0)
+    p = tl.exp(s - base[:, None] - log_sum[:, None])
+    ds = tl.where(v.to(tl.int64)[None, :] == t[:, None], p - 1.0, p) * pull[:, None]
     if SMOOTHED:
         if weight is not None:
-            ds -= smoothing / V * tl.load(weight + v, v < V, other=0.0).to(tl.float32)[None, :]
+            w_c = tl.load(weight + v, v < V, other=0.0).to(tl.float32)
+            ds += smoothing / V * (tl.load(weight_sum) * p - w_c[None, :])
         else:
-            ds -= smoothing / V
+            ds += smoothing / V * (V * p - 1.0)
+    if z_loss is not None:
+        ds += 2.0 * z_loss * (w * (base + log_sum))[:, None] * p
     ds *= g[:, None]
     if softcap is not None:
         ds *= slope

@@ -1,9 +1,10 @@
 """Cross-entropy of N rows of V logits that are a process's own classes; what the processes share comes in between.
 
     statistics   m = max s      Σ exp(s − m)      Σ w_c·(m − s_c)
-    gradient     ds = exp(s − base − log_sum)·push − [c = index]·pull − each·w_c      dx = ds·(1 − tanh²(x / softcap))
+    gradient     ds = (p − [c = index])·pull + p·lift − each·w_c      p = exp(s − base − log_sum)
+                 dx = ds·(1 − tanh²(x / softcap))
 
-with the sums of ``ops/vocab_parallel.py``, which says what push, pull and each are. As in ``cross_entropy`` the logits
+with the sums of ``ops/vocab_parallel.py``, which says what pull, lift and each are. As in ``cross_entropy`` the logits
 are read once each way, and those of ignored rows, whose index is −1, are not.
 """
 
@@ -34,7 +35,7 @@ def _statistics(
 
 @triton.jit
 def _gradient(
-    x, index, weight, bases, log_sums, pushes, pulls, shares, dx, x_stride, N, V, softcap,
+    x, index, weight, bases, log_sums, pulls, lifts, shares, dx, x_stride, N, V, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -44,14 +45,15 @@ def _gradient(
     inside = counts[:, None] & (v < V)[None, :]
     lse_base = tl.load(bases + n, counts, other=0.0)
     log_sum = tl.load(log_sums + n, counts, other=0.0)
-    push = tl.load(pushes + n, counts, other=0.0)
     pull = tl.load(pulls + n, counts, other=0.0)
     s = tl.load(x + n[:, None] * x_stride + v[None, :], inside, other=0.0).to(tl.float32)
     if softcap is not None:
         bounded, slope = tanh(s / softcap)
         s = softcap * bounded
-    ds = tl.exp(s - lse_base[:, None] - log_sum[:, None]) * push[:, None]
-    ds -= tl.where(v.to(tl.int64)[None, :] == t[:, None], pull[:, None], 0.0)
+    p = tl.exp(s - lse_base[:, None] - log_sum[:, None])
+    ds = tl.where(v.to(tl.int64)[None, :] == t[:, None], p - 1.0, p) * pull[:, None]
+    if lifts is not None:
+        ds += p * tl.load(lifts + n, counts, other=0.0)[:, None]
     if shares is not None:
         each = tl.load(shares + n, counts, other=0.0)[:, None]
         if weight is not None:
@@ -89,12 +91,12 @@ def replace(x, *others, softcap):
     _write_gradient(x, x, *others, softcap=softcap)
 
 
-def _write_gradient(dx, x, index, weight, base, log_sum, push, pull, each, *, softcap):
+def _write_gradient(dx, x, index, weight, base, log_sum, pull, lift, each, *, softcap):
     logits = rows(x)
     N, V = logits.shape
     if x.numel():
         BLOCK_N, BLOCK_V, num_warps = block(V)
         launch(_gradient, (triton.cdiv(N, BLOCK_N), triton.cdiv(V, BLOCK_V)),
-            logits, index, contiguous(weight), base, log_sum, push, pull, each, dx, logits.stride(0), N, V, softcap,
+            logits, index, contiguous(weight), base, log_sum, pull, lift, each, dx, logits.stride(0), N, V, softcap,
             BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, num_warps=num_warps,
         )  # fmt: skip
