@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import long_sums
 from .autograd import Gradients, fused, vjp
 
 
@@ -130,7 +131,8 @@ def _compile_exactly(
         return function(*(t if t is None else next(given) for t in tensors), **options)
 
     present: list[Any] = [t for t in tensors if t is not None]
-    code = torch._inductor.compile(make_fx(call, tracing_mode="fake")(*present), present)
+    traced = make_fx(call, tracing_mode="fake", decomposition_table=long_sums.decompositions())(*present)
+    code = torch._inductor.compile(traced, present)
 
     def run(*arguments: Tensor | None) -> Any:
         outputs = code(*(t for t in arguments if t is not None))
@@ -165,7 +167,14 @@ def _compile_flexibly(function: Callable[..., Any], widths: tuple[int | None, ..
     # a code object of its own, so only sizes can recompile, and dynamic=True covers those.
     code = call.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     copy = types.FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
-    return torch.compile(copy, dynamic=True, fullgraph=True)
+    return torch.compile(copy, backend=_backend, dynamic=True, fullgraph=True)
+
+
+def _backend(graph: Any, inputs: Any) -> Any:
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    return compile_fx(graph, inputs, decompositions={**select_decomp_table(), **long_sums.decompositions()})
 
 
 def column_sum(parameter: Tensor, *factors: Tensor, rows: int = 32) -> Tensor:

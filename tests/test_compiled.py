@@ -77,3 +77,16 @@ def test_the_first_widths_have_code_of_their_own_and_the_others_share_one(monkey
     for width in (96, 33, 64):
         check(48, width)
     assert graphs() == before + 2
+
+
+@pytest.mark.parametrize("most_shapes", [0, 1])
+@pytest.mark.parametrize("width", [16_384, 16_385])
+def test_a_long_row_of_equal_numbers_is_added_up_in_blocks(
+    width: int, most_shapes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "MOST_SHAPES", most_shapes)
+    x = torch.full((2, width), 0.7373)
+    total, mean = compiled.compiled_call(lambda x: (x.sum(-1), x.mean()), (x,), {})
+    wide = x.double()
+    errors = [(total.double() / wide.sum(-1) - 1.0).abs().max(), (mean.double() / wide.mean() - 1.0).abs()]
+    assert max(errors) <= 8 * torch.finfo(torch.float32).eps  # in one go: 31 and 42

@@ -266,6 +266,16 @@ def test_the_gradient_over_the_classes_sums_to_zero(backend: str, device: str) -
 
 
 @every_backend
+def test_of_a_single_class_the_gradient_is_zero_to_the_last_bit(backend: str, device: str) -> None:
+    x = 3 * _randn(16, 1, device=device)
+    x.requires_grad_()
+    weight = _probabilities(1, device=device)
+    with use_backend(backend):
+        loss = cross_entropy(x, x.new_zeros(16, dtype=torch.long), weight, label_smoothing=0.3, reduction="sum")
+        assert not _gradient(loss, x).any()
+
+
+@every_backend
 def test_soft_target_module_is_that_of_timm(backend: str, device: str) -> None:
     timm = pytest.importorskip("timm.loss", reason="timm is an extra")
     for shape in ((5, 33), (2, 3, 33)):
