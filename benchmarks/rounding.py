@@ -30,6 +30,9 @@ from .tasks import TASKS
 
 STEPS, QUICK_STEPS = 200, 10
 SEEDS, QUICK_SEEDS = range(3), range(1)
+#: Of 2e-3, 1e-3 and 3e-4 the one at which float32 ends lowest. Most updates are smaller than a step of bfloat16 here;
+#: at 2e-3, where they are not, the ways of rounding differ by less than the seeds.
+LEARNING_RATE = 3e-4
 #: Steps whose mean is "the last losses", and batches of the validation loss.
 LAST, VALIDATION = 10, 40
 WANTED = "float32, torch.optim.AdamW"
@@ -138,7 +141,7 @@ def train(title: str, seed: int, steps: int, progress: Progress) -> Run:
     torch.manual_seed(seed)
     model = task.build().to(dtype)
     data, validation = task.data()
-    optimizer = make(model.parameters(), lr=model.learning_rate, **options)
+    optimizer = make(model.parameters(), lr=LEARNING_RATE, **options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     loader = DataLoader(data, task.batch, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(seed))
     losses = []
