@@ -148,6 +148,8 @@ _KINDS = {
     "dropout_add": ("dropout and sum",),
     "modulated_layer_norm": ("modulated norm",),
     "modulated_rms_norm": ("modulated norm",),
+    "add_modulated_layer_norm": ("modulated norm", "gated sum"),
+    "add_modulated_rms_norm": ("modulated norm", "gated sum"),
     "group_norm": ("group norm and activation",),
 }
 

@@ -26,7 +26,7 @@ from .sites import Known, Site, Unit, called, child, hooked
 from .source import blocks, call, expression, numbered
 from .step_trial import Operands, count_dropped, dropping, operands, step_key
 from .steps import Step, intact, live, probability
-from .sums import BRANCHES, Branch, Sum, branch, given, moves, sums, target, unwrapped
+from .sums import BRANCHES, Branch, Sum, branch, evaluated, given, moves, sums, target, unwrapped
 from .tail import OTHER_NUMBERS, DropoutAdd
 
 
@@ -219,17 +219,10 @@ def _first_call(statement: ast.stmt) -> Any:
     """The call in it that returns first, if all that is in it runs once."""
     if not isinstance(statement, (ast.Assign, ast.Return, ast.Expr)):
         return None
-    nodes = list(_evaluated(statement))
+    nodes = list(evaluated(statement))
     if any(isinstance(node, (*BRANCHES, ast.Await, ast.NamedExpr)) for node in nodes):
         return None
     return next((node for node in nodes if isinstance(node, ast.Call)), None)
-
-
-def _evaluated(node: ast.AST) -> Iterator[ast.AST]:
-    """What is inside a node, and then the node, as they are evaluated."""
-    for inner in ast.iter_child_nodes(node):
-        yield from _evaluated(inner)
-    yield node
 
 
 def _suits(branch: Any, residual: Any, weight: Tensor | None) -> bool:
