@@ -245,6 +245,11 @@ def test_norms_of_both_kinds_keep_their_own_saving():
     assert report["rms"].saving.traffic > 0
 
 
+def test_an_example_is_verified_against_the_original():
+    (record,) = (r for r in fuse(made(Inline), example=(X, C)) if r.path == "")
+    assert (record.now, record.status, record.saving.unit) == (LAYER, "fused", "batch")
+
+
 def test_a_diffusion_transformer_is_fused_between_its_layers():
     torch.manual_seed(0)
     model = DiT(width=16, heads=2).double()

@@ -90,18 +90,11 @@ class AddModulated(Site):
             found.append(Draw(label, (x, x.flip(0) + 0.3 * x, *gate, *rows)))
         return found
 
-    def counted(self, original: nn.Module, fused: nn.Module, sample: Sample) -> Counted:
+    def alive(self, counted: Counted) -> Counted:
         """Against a norm fused alone, which has a saving of its own."""
-        return super().counted(self._alone(original), fused, sample)
-
-    def given(self, original: nn.Module, fused: nn.Module, inputs: tuple[Tensor, ...]) -> Counted:
-        """Likewise."""
-        return super().given(self._alone(original), fused, inputs)
-
-    def _alone(self, original: Any) -> nn.Module:
-        found = copy.deepcopy(original)
+        found: Any = copy.deepcopy(counted.original)
         found.norm.__class__ = fused_class(self.modulated.norm_type, self.modulated.joint)
-        return found
+        return counted._replace(original=found)
 
     def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The branch, what it is added to, the gate, and the rows."""

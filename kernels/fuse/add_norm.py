@@ -121,22 +121,12 @@ class AddNorm(Site):
         """Those of the norm, and others to add to them."""
         return [Draw(label, (x, x.flip(0) + 0.3 * x)) for label, (x,), _ in self.joint.draws(sample)]
 
-    def counted(self, original: nn.Module, fused: nn.Module, sample: Sample) -> Counted:
-        """Against a sum and the norm fused alone, which has a saving of its own."""
-        return super().counted(self._alone(original), fused, sample)
-
-    def given(self, original: nn.Module, fused: nn.Module, inputs: tuple[Tensor, ...]) -> Counted:
-        """Likewise."""
-        return super().given(self._alone(original), fused, inputs)
-
     def alive(self, counted: Counted) -> Counted:
-        """With the probabilities of the module."""
-        return dropping(counted)
-
-    def _alone(self, original: Any) -> nn.Module:
+        """With the probabilities of the module; against a norm fused alone, which has a saving of its own."""
+        original: Any = counted.original
         norm = copy.deepcopy(original.norm)
         norm.__class__ = fused_class(self.norm_type, self.joint)
-        return _Sum(norm, original.steps, original.first, None)
+        return dropping(counted._replace(original=_Sum(norm, original.steps, original.first, None)))
 
     def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The branch, and what it is added to."""

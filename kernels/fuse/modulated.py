@@ -98,18 +98,11 @@ class Modulated(Site):
                 found.append(Draw(label, (x, *rows)))
         return found
 
-    def counted(self, original: nn.Module, fused: nn.Module, sample: Sample) -> Counted:
+    def alive(self, counted: Counted) -> Counted:
         """Against a norm fused alone, which has a saving of its own."""
-        return super().counted(self._alone(original), fused, sample)
-
-    def given(self, original: nn.Module, fused: nn.Module, inputs: tuple[Tensor, ...]) -> Counted:
-        """Likewise."""
-        return super().given(self._alone(original), fused, inputs)
-
-    def _alone(self, original: Any) -> nn.Module:
-        found = copy.deepcopy(original)
+        found: Any = copy.deepcopy(counted.original)
         found.norm.__class__ = fused_class(self.norm_type, self.joint)
-        return found
+        return counted._replace(original=found)
 
     def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The input of the norm, and the rows as they stand in the source."""

@@ -75,7 +75,7 @@ class Site(ABC):
         return Counted(original, fused, draw, draw.inputs[0].numel())
 
     def alive(self, counted: Counted) -> Counted:
-        """With what verification has to switch off, as dropout: to be counted and timed."""
+        """To be counted and timed: with what verification has to switch off, as dropout; against what fuses anyway."""
         return counted
 
     @abstractmethod
