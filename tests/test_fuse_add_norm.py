@@ -307,3 +307,17 @@ def test_the_saving_is_told_apart_from_the_norms_own():
     """The norm does not read the sum again, and the backward pass does not add the sum's two gradients up."""
     (saving,) = (record.saving for record in fuse(Inside()).fused if record.now == "add_rms_norm")
     assert (saving.traffic, saving.activations, saving.unit) == (3 * 8 * 4, 0, "token")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_example_is_verified_against_the_original(dtype):
+    """Not against a norm fused alone, which takes mixes of dtypes that the original does not."""
+
+    class Layered(Base):
+        def forward(self, x):
+            x = x + self.a(x)
+            return self.b(self.first(x))
+
+    report = fuse(Layered().to(dtype), example=torch.randn(3, 8, dtype=dtype))
+    assert sums(report) == [("", "Layered", "add_layer_norm")]
+    assert [r.saving.unit for r in report.fused if r.now == "add_layer_norm"] == ["batch"]

@@ -245,6 +245,11 @@ def test_norms_of_both_kinds_keep_their_own_saving():
     assert report["rms"].saving.traffic > 0
 
 
+def test_an_example_is_verified_against_the_original():
+    (record,) = (r for r in fuse(made(Inline), example=(X, C)) if r.path == "")
+    assert (record.now, record.status, record.saving.unit) == (LAYER, "fused", "batch")
+
+
 def test_a_diffusion_transformer_is_fused_between_its_layers():
     torch.manual_seed(0)
     model = DiT(width=16, heads=2).double()
@@ -253,7 +258,7 @@ def test_a_diffusion_transformer_is_fused_between_its_layers():
     plain, x, t = copy.deepcopy(model), torch.randn(2, 4, 4, 4).double(), torch.rand(2, 1).double()
     report = fuse(model)
     names = [r.now for r in report]
-    assert names.count("modulated_layer_norm") == names.count("gated_add") == 4
+    assert [names.count(name) for name in ("add_modulated_layer_norm", LAYER, "gated_add")] == [2, 2, 2]
     torch.testing.assert_close(model(x, t), plain(x, t))
 
 
@@ -285,7 +290,7 @@ def test_a_transformer_of_stable_diffusion():
     model = diffusers.SD3Transformer2DModel(**sizes, **heads, joint_attention_dim=32, pooled_projection_dim=64).double()
     plain = copy.deepcopy(model)
     names = [r.now for r in fuse(model)]
-    assert (names.count("modulated_layer_norm"), names.count("gated_add")) == (8, 6)
+    assert [names.count(name) for name in ("add_modulated_layer_norm", LAYER, "gated_add")] == [3, 5, 3]
     call = {
         "hidden_states": torch.randn(2, 4, 8, 8).double(),
         "encoder_hidden_states": torch.randn(2, 5, 32).double(),

@@ -110,6 +110,20 @@ class InSteps(Base):
         return self.b(y)
 
 
+class Returned(Base):
+    def forward(self, x):
+        y = self.norm(x)
+        return self.act(y)
+
+
+class WithConstants(Base):
+    def forward(self, x):
+        y = F.leaky_relu(self.norm(self.a(x)), 0.3, inplace=True)
+        y = self.norm(y)
+        y = F.relu6(y, inplace=True)
+        return self.b(y)
+
+
 SITES = {
     Dropped: ["glu"],
     OtherSide: ["glu"],
@@ -119,6 +133,8 @@ SITES = {
     Complex: ["rope"],
     Nested: ["batch_norm_act"],
     InSteps: ["batch_norm_act"],
+    Returned: ["batch_norm_act"],
+    WithConstants: ["batch_norm_act", "batch_norm_act"],
 }
 
 
@@ -227,11 +243,59 @@ def test_lookalikes_are_left():
     assert operators(fuse(Without())) == []
 
 
-def test_an_activation_that_no_operator_has_is_a_reason():
-    for act in (nn.Hardswish(), nn.ReLU6()):
-        (record,) = (r for r in fuse(nn.Sequential(nn.BatchNorm2d(4), act)) if r.path == "0")
-        assert record.status == "left"
-        assert "no such activation" in record.reason
+ACTIVATIONS = [
+    nn.ReLU(),
+    nn.SiLU(),
+    nn.GELU(),
+    nn.Hardswish(),
+    nn.Hardswish(inplace=True),
+    nn.ReLU6(inplace=True),
+    nn.Hardtanh(0.0, 6.0),
+    nn.LeakyReLU(),
+    nn.LeakyReLU(0.2, inplace=True),
+]
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4)], ids=["batch", "group"])
+def test_every_activation_behind_a_norm_is_told_by_its_values(norm, act):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(copy.deepcopy(norm), act), 5.0 * torch.randn(6, 4, 3, 3)
+    for p in model.parameters():
+        nn.init.normal_(p, std=3.0)
+    plain = copy.deepcopy(model)
+    assert [record.path for record in fuse(model).fused] == ["0"]
+    assert type(model) is not nn.Sequential
+    for training in (True, False):
+        for got, expected in zip(step(model.train(training), x), step(plain.train(training), x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_slope_is_that_of_the_module_and_another_one_is_noticed():
+    model, x = nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.1)), torch.randn(3, 4, 5, 5)
+    plain = copy.deepcopy(model)
+    fuse(model)
+    for slope in (0.1, 0.5):
+        model[1].negative_slope = plain[1].negative_slope = slope
+        torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("act", [nn.ELU(), nn.Mish(), nn.RReLU(), nn.PReLU()], ids=str)
+def test_an_activation_that_no_operator_has_is_a_reason(act):
+    (record,) = (r for r in fuse(nn.Sequential(nn.BatchNorm2d(4), act)) if r.path == "0")
+    assert record.status == "left"
+    assert "no such activation" in record.reason
+    assert ("learned" in record.reason) == isinstance(act, nn.PReLU)
+
+
+def test_an_activation_that_a_norm_holds_may_change_later():
+    timm = pytest.importorskip("timm")
+    model = timm.layers.BatchNormAct2d(4, act_layer="leaky_relu", act_kwargs={"negative_slope": 0.2})
+    plain, x = copy.deepcopy(model), torch.randn(3, 4, 2, 2)
+    assert operators(fuse(model)) == ["batch_norm_act"]
+    for act in (plain.act, nn.LeakyReLU(0.5), nn.Tanh()):
+        model.act = plain.act = act
+        torch.testing.assert_close(model(x), plain(x))
 
 
 def test_a_sequential_with_a_forward_of_its_own_is_a_reason():

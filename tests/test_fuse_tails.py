@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from braze.kernels import dispatch, fuse, unfuse, use_backend
@@ -96,6 +97,14 @@ class Kept(Block):
         return y + z
 
 
+class Returned(Block):
+    def forward(self, x):
+        y = self.conv(x)
+        y = self.norm(y)
+        y += x
+        return F.leaky_relu(y, 0.2)
+
+
 X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -164,6 +173,14 @@ def test_what_is_put_in_later_runs():
         for one in (model, plain):
             change(one)
         assert_same(model, plain)
+
+
+def test_the_activation_may_have_constants_and_be_returned():
+    model = Returned().double()
+    plain = copy.deepcopy(model)
+    (record,) = fuse(model)
+    assert (record.path, record.now, record.status) == ("norm", "batch_norm_act", "fused")
+    assert_same(model, plain)
 
 
 def test_a_shortcut_that_broadcasts_is_added_as_ever():

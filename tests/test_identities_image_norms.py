@@ -18,6 +18,15 @@ from braze.kernels import (
 )
 
 BACKENDS = ["eager", "triton"]
+ACTIVATIONS = {
+    None: lambda z: z,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "hardswish": F.hardswish,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+}
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 #: 3-D, 4-D in both formats, 5-D in both; groups of one program and, in the last two, of several.
 SHAPES = {
@@ -42,12 +51,11 @@ def parameters(C: int, device: str) -> tuple[Tensor, Tensor]:
 
 @each_backend
 @each_shape
-@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_group_norm_is_that_of_torch(backend: str, shape, memory_format, activation, device: str) -> None:
     x = draw(shape, memory_format, device)
     affine = parameters(shape[1], device)
-    act = {None: lambda z: z, "relu": F.relu, "silu": F.silu}[activation]
-    wanted = act(F.group_norm(x, 3, *affine))
+    wanted = ACTIVATIONS[activation](F.group_norm(x, 3, *affine))
     with use_backend(backend):
         y = group_norm(x, 3, *affine, activation=activation)
         # Of about unit size each, so that float32's relative tolerance is the right absolute one too.
@@ -124,6 +132,7 @@ def test_modules_load_what_torch_and_timm_saved(device: str) -> None:
         (LayerNorm2d(12), timm.LayerNorm2d(12), None),
         (BatchNormAct2d(12, act="relu"), timm.BatchNormAct2d(12), None),
         (BatchNormAct2d(12, act="silu"), torch.nn.BatchNorm2d(12), F.silu),
+        (BatchNormAct2d(12, act="leaky_relu", negative_slope=0.2), torch.nn.BatchNorm2d(12), torch.nn.LeakyReLU(0.2)),
     ]
     x = draw((2, 12, 5, 7), torch.contiguous_format, device).detach()
     for ours, theirs, act in pairs:

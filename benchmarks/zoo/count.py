@@ -30,6 +30,7 @@ _ACTIVATION = (
     r"(?:self\.\w*(?:act|gelu|silu|swish)\w*|ACT2FN\[[^\]]*\]|(?:F|nn\.functional|torch)\.(?:silu|gelu|relu|sigmoid))"
 )
 _GATED = re.compile(rf"{_ACTIVATION}\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\s*\*(?!\*)|[\w)\]]\s*\*\s*{_ACTIVATION}\(")
+_PLAIN = re.compile(r"mlp|ffn|feed_?forward|denseactdense")
 _ROTARY = re.compile(r"\b\w*(?:apply_rot|rotary_pos|apply_rope|rotary_emb)\w*\(\s*\w*(?:q|k|x|query|key)\w*\s*[,)]")
 
 #: Residual sums: a summand that is a call of a module, or two nested ones; or that such a statement made just before.
@@ -61,6 +62,8 @@ def _kinds(module: nn.Module) -> Iterator[str]:
     stacked = sum(p.dim() == 3 for p in module.parameters(recurse=False))
     if (linear >= 2 or stacked >= 2) and _GATED.search(source):
         yield "gated mlp"
+    if linear == 2 and _PLAIN.search(name) and not _GATED.search(source):
+        yield "plain mlp, offered"
     if _ROTARY.search(source):
         yield "rope"
     yield from _tails(module, source)

@@ -101,7 +101,7 @@ def _facts(model: nn.Module) -> dict[str, Any]:
 def _joints(expected: list[Any], report: FusionReport) -> Record:
     fused, reasons = Counter[str](), dict[str, str]()
     for one in report:
-        if one.status != "left":
+        if one.status not in ("left", "offered"):
             fused.update((one.path,))
         else:
             reasons.setdefault(one.path, one.reason)
@@ -140,6 +140,7 @@ _KINDS = {
     "dyt": _NORMS,
     "glu": ("gated mlp",),
     "packed_glu": ("gated mlp",),
+    "mlp": ("plain mlp, offered",),
     "rope": ("rope",),
     "batch_norm_act": ("batch norm and activation",),
     "scale_add": ("residual tail",),
@@ -147,6 +148,8 @@ _KINDS = {
     "dropout_add": ("dropout and sum",),
     "modulated_layer_norm": ("modulated norm",),
     "modulated_rms_norm": ("modulated norm",),
+    "add_modulated_layer_norm": ("modulated norm", "gated sum"),
+    "add_modulated_rms_norm": ("modulated norm", "gated sum"),
     "group_norm": ("group norm and activation",),
 }
 

@@ -26,7 +26,7 @@ from .sites import Known, Site, Unit, called, child, hooked
 from .source import blocks, call, expression, numbered
 from .step_trial import Operands, count_dropped, dropping, operands, step_key
 from .steps import Step, intact, live, probability
-from .sums import BRANCHES, Branch, Sum, branch, given, moves, sums, target, unwrapped
+from .sums import BRANCHES, Branch, Sum, branch, evaluated, given, moves, sums, target, unwrapped
 from .tail import OTHER_NUMBERS, DropoutAdd
 
 
@@ -121,22 +121,12 @@ class AddNorm(Site):
         """Those of the norm, and others to add to them."""
         return [Draw(label, (x, x.flip(0) + 0.3 * x)) for label, (x,), _ in self.joint.draws(sample)]
 
-    def counted(self, original: nn.Module, fused: nn.Module, sample: Sample) -> Counted:
-        """Against a sum and the norm fused alone, which has a saving of its own."""
-        return super().counted(self._alone(original), fused, sample)
-
-    def given(self, original: nn.Module, fused: nn.Module, inputs: tuple[Tensor, ...]) -> Counted:
-        """Likewise."""
-        return super().given(self._alone(original), fused, inputs)
-
     def alive(self, counted: Counted) -> Counted:
-        """With the probabilities of the module."""
-        return dropping(counted)
-
-    def _alone(self, original: Any) -> nn.Module:
+        """With the probabilities of the module; against a norm fused alone, which has a saving of its own."""
+        original: Any = counted.original
         norm = copy.deepcopy(original.norm)
         norm.__class__ = fused_class(self.norm_type, self.joint)
-        return _Sum(norm, original.steps, original.first, None)
+        return dropping(counted._replace(original=_Sum(norm, original.steps, original.first, None)))
 
     def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The branch, and what it is added to."""
@@ -219,17 +209,10 @@ def _first_call(statement: ast.stmt) -> Any:
     """The call in it that returns first, if all that is in it runs once."""
     if not isinstance(statement, (ast.Assign, ast.Return, ast.Expr)):
         return None
-    nodes = list(_evaluated(statement))
+    nodes = list(evaluated(statement))
     if any(isinstance(node, (*BRANCHES, ast.Await, ast.NamedExpr)) for node in nodes):
         return None
     return next((node for node in nodes if isinstance(node, ast.Call)), None)
-
-
-def _evaluated(node: ast.AST) -> Iterator[ast.AST]:
-    """What is inside a node, and then the node, as they are evaluated."""
-    for inner in ast.iter_child_nodes(node):
-        yield from _evaluated(inner)
-    yield node
 
 
 def _suits(branch: Any, residual: Any, weight: Tensor | None) -> bool:

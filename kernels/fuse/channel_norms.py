@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..ops.channel_norm import Activation
+from .acts import computed, same_act
 from .joint import Joint, own_forward
-from .norm_act import ACTIVATIONS, OPERATORS, SLACK, draws, measure, normalized, of_pixels, suits
+from .norm_act import OPERATORS, SLACK, draws, measure, normalized, of_pixels, suits
 from .sample import Draw, Exactly, Refused, Sample, attributes_of, kind
 from .savings import Counted, Measure
-from .sites import activation, hooked
+from .sites import module_type
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class ChannelNorm(Joint):
     slack: ClassVar[float] = SLACK
     family: str
     act: str | None
-    activation: str | None
+    act_type: type | None
+    activation: Activation | None
 
     @property
     def operator(self) -> str:  # type: ignore[override]
@@ -62,9 +65,10 @@ class ChannelNorm(Joint):
         if len(working) > 1:
             raise Refused(f"it has more children than an activation: {', '.join(name for name, _ in working)}")
         act, child = working[0] if working else (None, None)
-        name = None if child is None else activation(child)
-        if child is not None and name not in ACTIVATIONS:
-            raise Refused(f"{OPERATORS[family]} has no such activation as its {act}")
+        found = None if child is None else computed(child)
+        if child is not None and found is None:
+            learned = ", which is learned" if any(True for _ in child.parameters()) else ""
+            raise Refused(f"{OPERATORS[family]} has no such activation as its {act}{learned}")
         x = draws(sample)[0].inputs[0]
         with torch.no_grad(), Exactly():
             module.eval()
@@ -72,21 +76,22 @@ class ChannelNorm(Joint):
                 y = own_forward(module)(module, x.clone())
             except Exception as error:
                 raise Refused(f"it does not take [N, C, H, W]: {error}") from error
-            expected = normalized(module, x, name)
+            expected = normalized(module, x, found)
         if not isinstance(y, torch.Tensor) or y.shape != x.shape or not torch.allclose(y, expected):
             return None
-        return cls(family, act, name)
+        return cls(family, act, module_type(child), found)
 
     def members(self, original: type) -> dict[str, Any]:
         """A forward that runs the fused operator, and the original's own for all that the operator does not take."""
         own = original.forward  # type: ignore[attr-defined]
-        act, name, family = self.act, self.activation, self.family
+        act, act_type, activation, family = self.act, self.act_type, self.activation, self.family
 
         @functools.wraps(own)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if len(args) != 1 or kwargs or not suits(self, args[0], family) or (act and hooked(getattr(self, act))):
+            same = activation is None or same_act(getattr(self, str(act)), act_type, activation)
+            if len(args) != 1 or kwargs or not same or not suits(self, args[0], family):
                 return own(self, *args, **kwargs)
-            return normalized(self, args[0], name)
+            return normalized(self, args[0], activation)
 
         return {"forward": forward}
 

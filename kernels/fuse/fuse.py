@@ -39,7 +39,8 @@ def fuse(
         skip: what to leave alone: paths as in ``model.named_modules()``, with wildcards (a path means all below it
             too), module classes, or operators ("rms_norm", "layer_norm", "glu", "rope", "cross_entropy", "softmax",
             "linear_cross_entropy", "scale_add", "dropout_add", and so on: those that the report names).
-        only: the same; if given, nothing else is touched.
+        only: the same; if given, nothing else is touched. What costs arithmetic for the memory that it saves ("mlp") is
+            offered in the report, and swapped only if its operator is named here, or ``tune`` keeps it.
         example: what the model takes: a tensor, a tuple or list of its arguments, or a mapping of them by name. The
             model runs on it once, without gradients, in the mode that it is in; its hooks run, its buffers stay. Joints
             are then verified on the activations that reach them too (copies of all of them are kept until then), and
@@ -115,7 +116,7 @@ def _search(
     refined = _refined(model, example, places, tune) if example is not None else {}
     records, chosen = [], dict[int, list[_Place]]()
     for number, place in enumerate(places):
-        record = _record(place, refined.get(number))
+        record = _record(place, refined.get(number), place.found.operator in (only or ()))
         records.append(record)
         if record.status == "fused":
             chosen.setdefault(id(place.module), []).append(place)
@@ -154,8 +155,11 @@ def _refined(model: nn.Module, example: Any, places: list[_Place], tune: bool) -
     return dict(zip(found, refine(model, example, list(found.values()), tune), strict=True))
 
 
-def _record(place: _Place, refined: Refined | None) -> Record:
+def _record(place: _Place, refined: Refined | None, asked: bool) -> Record:
+    """``asked``: what is only offered is wanted, as it is where it was timed."""
     path, was, _, found = place
+    if found.status == "offered" and (asked or (refined is not None and refined.timing is not None)):
+        found = found._replace(status="fused", reason="")
     if refined is None:
         return Record(path, was, found.operator, found.status, found.reason, found.check, found.saving)
     saving = refined.saving or found.saving

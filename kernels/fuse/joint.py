@@ -36,6 +36,10 @@ class Joint(ABC):
     copied: ClassVar[bool] = True
     #: What the report adds where such a joint was fused.
     note: ClassVar[str] = ""
+    #: Whether so many modules look like it that a refusal is worth reporting only with the hint in a class's name.
+    common: ClassVar[bool] = False
+    #: Why such a joint is swapped only where it is asked for by the operator's name, or was timed; nothing if always.
+    offer: ClassVar[str] = ""
 
     @classmethod
     def suits(cls, module: nn.Module) -> bool:

@@ -98,18 +98,11 @@ class Modulated(Site):
                 found.append(Draw(label, (x, *rows)))
         return found
 
-    def counted(self, original: nn.Module, fused: nn.Module, sample: Sample) -> Counted:
+    def alive(self, counted: Counted) -> Counted:
         """Against a norm fused alone, which has a saving of its own."""
-        return super().counted(self._alone(original), fused, sample)
-
-    def given(self, original: nn.Module, fused: nn.Module, inputs: tuple[Tensor, ...]) -> Counted:
-        """Likewise."""
-        return super().given(self._alone(original), fused, inputs)
-
-    def _alone(self, original: Any) -> nn.Module:
-        found = copy.deepcopy(original)
+        found: Any = copy.deepcopy(counted.original)
         found.norm.__class__ = fused_class(self.norm_type, self.joint)
-        return found
+        return counted._replace(original=found)
 
     def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The input of the norm, and the rows as they stand in the source."""
@@ -126,9 +119,9 @@ class Modulated(Site):
         def modulated(norm: Any, x: Any, *rows: Any) -> Any:
             weight = None if joint.weight is None else getattr(norm, joint.weight, None)
             own = original_type(norm) is norm_type and not hooked(norm)
-            scale, shift = _ordered(helper, rows)
-            if not own or not _suits(x, weight, scale, shift):
-                return _plain(helper, norm(x), rows)
+            scale, shift = ordered(helper, rows)
+            if not own or not fits(x, weight, scale, shift):
+                return plain(helper, norm(x), rows)
             eps: Any = getattr(norm, joint.eps) if isinstance(joint.eps, str) else joint.eps
             if joint.center:
                 bias = None if joint.bias is None else getattr(norm, joint.bias)
@@ -137,15 +130,18 @@ class Modulated(Site):
 
         return modulated
 
+    def parts(self, node: Any) -> list[Any]:
+        """Of the whole: what the norm gives, and the rows as they stand there."""
+        found: Any = _parts(node) if self.helper is None else node.args
+        return [part for part in found if part is not None]
+
     def edits(self, name: str) -> dict[int, Callable[[Any], ast.AST]]:
         """The whole becomes a call; a norm in the statement before its own argument."""
         norm = expression(f"self.{self.norm}")
 
         def whole(node: Any) -> ast.AST:
-            found: Any = _parts(node) if self.helper is None else node.args
-            x, scale, shift = found
-            given = x if self.moved else x.args[0]
-            return call(name, norm, given, scale, *([] if shift is None else [shift]))
+            x, *rows = self.parts(node)
+            return call(name, norm, x if self.moved else x.args[0], *rows)
 
         return {self.numbers[0]: whole} | (moves(((self.numbers[1], "argument"),)) if self.moved else {})
 
@@ -235,14 +231,14 @@ def _probed(function: types.FunctionType) -> Helper | None:
             continue
         for scale_first in (True, False):
             helper = Helper(function, scale_first, lifts)
-            scale, shift = _ordered(helper, given)
+            scale, shift = ordered(helper, given)
             expected = x * (1 + scale) + shift
             if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, expected, rtol=1e-9):
                 return helper
     return None
 
 
-def _ordered(helper: Helper | None, rows: Any) -> tuple[Any, Any]:
+def ordered(helper: Helper | None, rows: Any) -> tuple[Any, Any]:
     """(scale, shift) as rows that broadcast to [B, S, D]."""
     if helper is None:
         return rows[0], rows[1] if len(rows) > 1 else None
@@ -255,7 +251,7 @@ def _ordered(helper: Helper | None, rows: Any) -> tuple[Any, Any]:
 # ---- When the model runs.
 
 
-def _suits(x: Any, weight: Any, scale: Any, shift: Any) -> bool:
+def fits(x: Any, weight: Any, scale: Any, shift: Any) -> bool:
     """One dtype, and no autocast: where dtypes differ, the original widens what the operator would not."""
     if not takes(x) or not is_rows(scale, x) or torch.is_autocast_enabled(x.device.type):
         return False
@@ -265,7 +261,8 @@ def _suits(x: Any, weight: Any, scale: Any, shift: Any) -> bool:
     return (shift is None or shift.shape == scale.shape) and (weight is None or weight.shape == x.shape[-1:])
 
 
-def _plain(helper: Helper | None, normed: Any, rows: Any) -> Any:
+def plain(helper: Helper | None, normed: Any, rows: Any) -> Any:
+    """What the source does."""
     if helper is not None:
         return helper.function(normed, *rows)
     y = normed * (1 + rows[0])
@@ -280,4 +277,4 @@ class _Trial(nn.Module):
     def forward(self, x: Tensor, *rows: Tensor) -> Any:
         if self.fused is not None:
             return self.fused(self.norm, x, *rows)
-        return _plain(self.helper, self.norm(x), rows)
+        return plain(self.helper, self.norm(x), rows)

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.batch_norm import batch_norm_act
+from ..ops.channel_norm import Activation
 from ..ops.group_norm import group_norm
+from .acts import acting, computed, resolved_act, same_act
 from .joint import takes
 from .sample import Draw, Sample, kind
 from .savings import Counted, Measure
-from .sites import Known, Site, Unit, activation, called, child, hooked, module_type, resolved, units
+from .sites import Known, Site, Unit, called, child, hooked, module_type, units
 from .source import blocks, call, expression, numbered
-
-#: What the operators have.
-ACTIVATIONS = ("relu", "silu")
+from .sums import target
 
 #: On the CPU ATen sums over a channel in float64 (its ``acc_type`` there); the fused operators sum in float32.
 SLACK = 4.0
@@ -42,10 +42,13 @@ def family(norm: Any) -> str | None:
     return "group" if isinstance(norm, nn.GroupNorm) and forward is nn.GroupNorm.forward else None
 
 
-def normalized(norm: Any, x: Tensor, act: str | None, residual: Tensor | None = None) -> Tensor:
+def normalized(norm: Any, x: Tensor, act: Activation | None, residual: Tensor | None = None) -> Tensor:
     """``act(norm(x) + residual)`` by the fused operator, with the module's own bookkeeping; no residual of groups."""
+    name, slope = act or (None, 0.0)
     if isinstance(norm, nn.GroupNorm):
-        return group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, activation=act)
+        return group_norm(
+            x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, activation=name, negative_slope=slope
+        )
     momentum = norm.momentum
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -61,7 +64,8 @@ def normalized(norm: Any, x: Tensor, act: str | None, residual: Tensor | None = 
         training=norm.training or norm.running_mean is None,
         momentum=momentum or 0.0,
         eps=norm.eps,
-        activation=act,
+        activation=name,
+        negative_slope=slope,
     )
 
 
@@ -76,29 +80,31 @@ def suits(norm: Any, x: Any, own: str | None = None) -> bool:
     return bool(x.shape[1] == norm.num_features and x.dim() in allowed and x.numel() > x.shape[1])
 
 
-def fused(act_type: type | None, name: str) -> Callable[..., Any]:
+def fused(act_type: type | None, activation: Activation) -> Callable[..., Any]:
     """``act(norm(x))`` as a function of (act, norm, x), and of modules between that do nothing."""
 
     def norm_act(act: Any, norm: Any, x: Any, *between: Any) -> Any:
         idle = all(type(module) is nn.Identity and not hooked(module) for module in between)
-        if module_type(act) is not act_type or hooked(act) or not suits(norm, x) or not idle:
+        if not same_act(act, act_type, activation) or not suits(norm, x) or not idle:
             y = norm(x)
             for module in between:
                 y = module(y)
             return act(y)
-        return normalized(norm, x, name)
+        return normalized(norm, x, activation)
 
     return norm_act
 
 
-def followed(norm: Any, act: Any) -> str | None:
-    """The activation; "" for one that the operator does not have, None for what is no activation, or no norm."""
-    if family(norm) is None or act is None:
+def followed(norm: Any, act: Any) -> Activation | str | None:
+    """The activation, or why the operator cannot do it; None for what is no activation, or no norm."""
+    own = family(norm)
+    if own is None or act is None:
         return None
-    name = activation(act)
-    if name is None and type(act).__module__ != "torch.nn.modules.activation":
-        return None
-    return name if name in ACTIVATIONS else ""
+    if isinstance(act, nn.PReLU):
+        return f"{OPERATORS[own]} has no such activation as the one behind it, which is learned"
+    known = type(act).__module__ == "torch.nn.modules.activation" and not isinstance(act, nn.MultiheadAttention)
+    missing = f"{OPERATORS[own]} has no such activation as the one behind it"
+    return computed(act) or (missing if known else None)
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class NormAct(Site):
     norm_family: str
     act: str
     act_type: type | None
-    activation: str
+    activation: Activation | str
     between: tuple[str, ...] = ()
 
     @property
@@ -125,20 +131,20 @@ class NormAct(Site):
 
     @property
     def refusal(self) -> str:
-        """There are more activations than operators."""
-        return "" if self.activation else f"{self.operator} has no such activation as the one behind it"
+        """There are more activations than the operators have."""
+        return self.activation if isinstance(self.activation, str) else ""
 
     @classmethod
     def find(cls, module: nn.Module, unit: Unit, known: Known) -> Iterator[Site]:
         """``act(self.norm(x))``; and ``y = self.norm(x)``, ``y = act(y)``."""
         numbers = numbered(unit.tree)
         for node in ast.walk(unit.tree):
-            outer = called(node)
+            outer = acting(node)
             inner = None if outer is None else called(outer[1])
             if outer is not None and inner is not None:
                 yield from cls._made(module, unit, outer[0], inner[0], (numbers[id(node)],))
         for row in itertools.chain.from_iterable(map(_rows, blocks(unit.tree))):
-            norm, *between, act = (step(statement) for statement in row)
+            norm, *between, act = map(step, row)
             if norm is not None and act is not None and all(_idle(module, f) for f in between if f):
                 places = tuple(numbers[id(statement)] for statement in row)
                 idle = tuple(ast.unparse(f) for f in between if f)
@@ -157,7 +163,7 @@ class NormAct(Site):
         name = child(norm)
         if name is None or family(getattr(module, name, None)) is None:
             return
-        found = resolved(act, module, unit.function)
+        found = resolved_act(act, module, unit.function)
         what = followed(getattr(module, name), found)
         if what is not None:
             own = family(getattr(module, name)) or ""
@@ -196,15 +202,17 @@ class NormAct(Site):
 
     def fused(self) -> Callable[..., Any]:
         """The operator, where the norm is torch's own and nothing listens."""
+        assert not isinstance(self.activation, str)
         return fused(self.act_type, self.activation)
 
     def edits(self, name: str) -> dict[int, Callable[[Any], ast.AST]]:
-        """One call; of two statements, the second goes."""
+        """One call; of two statements, the second goes, or returns what the first has made."""
 
         def nested(node: ast.Call) -> ast.AST:
-            inner = node.args[0]
+            outer, inner = acting(node), node.args[0]
+            assert outer is not None
             assert isinstance(inner, ast.Call)
-            return call(name, node.func, inner.func, inner.args[0])
+            return call(name, outer[0], inner.func, inner.args[0])
 
         def one_after_the_other(node: ast.Assign) -> ast.AST:
             assert isinstance(node.value, ast.Call)
@@ -214,40 +222,48 @@ class NormAct(Site):
 
         if len(self.numbers) == 1:
             return {self.numbers[0]: nested}
+
+        def goes(node: Any) -> ast.AST:
+            argument = node.value.args[0]
+            return ast.Return(value=argument) if isinstance(node, ast.Return) else ast.Pass()
+
         first, *later = self.numbers
-        return {first: one_after_the_other} | dict.fromkeys(later, lambda _: ast.Pass())
+        return {first: one_after_the_other} | dict.fromkeys(later, goes)
 
     def _act(self, module: nn.Module) -> Any:
         name = self.act.removeprefix("self.")
         if hasattr(module, name):
             return getattr(module, name)
         function = units(type(module))[self.unit].function
-        return resolved(expression(self.act), module, function)
+        return resolved_act(expression(self.act), module, function)
 
 
 def _rows(block: list[ast.stmt]) -> Iterator[list[ast.stmt]]:
-    """Two or three statements ``y = f(x)``, ``y = g(y)``, ``y = h(y)``, one after the other."""
+    """Two or three statements ``y = f(x)``, ``y = g(y)``, ``y = h(y)``, one after the other; the last may return."""
     for start, first in enumerate(block):
         row = [first]
         for statement in block[start + 1 : start + 3]:
-            if step(first) is None or step(statement) is None or not _continues(first, statement):
+            if isinstance(row[-1], ast.Return) or not _continues(first, statement):
                 break
             row.append(statement)
             yield list(row)
 
 
 def _continues(first: Any, then: Any) -> bool:
-    target = first.targets[0].id
+    if target(first) is None or step(first) is None or step(then) is None:
+        return False
     argument = then.value.args[0]
-    return bool(then.targets[0].id == target and isinstance(argument, ast.Name) and argument.id == target)
+    same = isinstance(argument, ast.Name) and argument.id == target(first)
+    return same and (isinstance(then, ast.Return) or target(then) == target(first))
 
 
 def step(statement: ast.stmt) -> ast.expr | None:
-    """The function f of ``name = f(x)``."""
-    if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
-        call = called(statement.value)
-        return None if call is None else call[0]
-    return None
+    """The function f of ``name = f(x)`` or ``return f(x)``."""
+    if target(statement) is None and not isinstance(statement, ast.Return):
+        return None
+    value: Any = statement.value  # type: ignore[attr-defined]
+    found = None if value is None else acting(value)
+    return None if found is None else found[0]
 
 
 def _idle(module: nn.Module, function: ast.expr) -> bool:

@@ -1,4 +1,4 @@
-"""The end of a residual block: ``y = norm(conv(…))``, other statements, ``y += shortcut``, ``y = act(y)``.
+"""The end of a residual block: ``y = norm(conv(…))``, other statements, ``y += shortcut``, then ``act(y)``.
 
 The norm waits for the shortcut. What it is given is fresh from a convolution, so nothing can change it meanwhile; where
 the operator does not fit, the norm does not wait, and where the shortcut does not fit, it runs then.
@@ -14,12 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .acts import acting, same_act
 from .joint import takes
 from .norm_act import NormAct, family, normalized, step, suits
 from .sample import Draw, Sample
 from .savings import Counted
-from .sites import Known, Site, Unit, child, hooked, module_type
+from .sites import Known, Site, Unit, child
 from .source import blocks, call, expression, numbered
+from .sums import target
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class NormAddAct(NormAct):
         cls, module: nn.Module, unit: Unit, norm: ast.expr, act: Any, places: tuple[int, ...], absent: tuple[str, ...]
     ) -> Iterator[Site]:
         for site in cls._made(module, unit, act, norm, places):
-            if isinstance(site, NormAddAct) and site.norm_family == "batch" and site.activation:
+            if isinstance(site, NormAddAct) and site.norm_family == "batch" and not site.refusal:
                 yield replace(site, absent=absent)
 
     def key(self, module: nn.Module) -> Hashable:
@@ -72,7 +74,8 @@ class NormAddAct(NormAct):
 
     def fused(self) -> Callable[..., Any]:
         """A function that makes the norm wait, with what is done to its result as attributes."""
-        act_type, name = self.act_type, self.activation
+        act_type, activation = self.act_type, self.activation
+        assert not isinstance(activation, str)
 
         def wait(norm: Any, x: Any, *absent: Any) -> Any:
             fits = suits(norm, x) and all(one is None for one in absent)
@@ -93,9 +96,9 @@ class NormAddAct(NormAct):
         def act(function: Any, y: Any) -> Any:
             if not isinstance(y, _Waiting):
                 return function(y)
-            if module_type(function) is not act_type or hooked(function):
+            if not same_act(function, act_type, activation):
                 return function(y.norm(y.x) + y.shortcut)
-            return normalized(y.norm, y.x, name, y.shortcut)
+            return normalized(y.norm, y.x, activation, y.shortcut)
 
         wait.add, wait.act = add, act  # type: ignore[attr-defined]
         return wait
@@ -113,9 +116,11 @@ class NormAddAct(NormAct):
             assert isinstance(target, ast.Name)
             return ast.Assign(targets=[target], value=call(f"{name}.add", expression(target.id), node.value))
 
-        def acts(node: ast.Assign) -> ast.AST:
-            assert isinstance(node.value, ast.Call)
-            return ast.Assign(targets=node.targets, value=call(f"{name}.act", node.value.func, node.value.args[0]))
+        def acts(node: Any) -> Any:
+            found = acting(node.value)
+            assert found is not None
+            node.value = call(f"{name}.act", *found)
+            return node
 
         return dict(zip(self.numbers, (waits, adds, acts), strict=True))
 
@@ -132,20 +137,20 @@ def _tail(
     module: nn.Module, statements: list[Any], start: int
 ) -> tuple[ast.expr, ast.AugAssign, int, tuple[str, ...]] | None:
     """(norm, sum, index of the activation, absent children) of the tail whose norm is at ``start``."""
-    norm = step(statements[start])
+    norm = step(statements[start]) if target(statements[start]) else None
     if norm is None or child(norm) is None or family(getattr(module, child(norm) or "", None)) != "batch":
         return None
-    name = statements[start].targets[0].id
+    name = target(statements[start])
     before, argument = statements[start - 1], statements[start].value.args[0]
     producer = step(before)
     fresh = producer is not None and isinstance(getattr(module, child(producer) or "", None), _ConvNd)
-    if not fresh or before.targets[0].id != name or not isinstance(argument, ast.Name) or argument.id != name:
+    if not fresh or target(before) != name or not isinstance(argument, ast.Name) or argument.id != name:
         return None
     absent: list[str] = []
     for index in range(start + 1, len(statements) - 1):
         statement, then = statements[index], statements[index + 1]
         if isinstance(statement, ast.AugAssign):
-            closes = _adds_to(statement, name) and step(then) is not None and then.targets[0].id == name
+            closes = _adds_to(statement, name) and step(then) is not None and target(then) in (name, None)
             whole = closes and _names(then.value.args[0]) == {name}
             return (norm, statement, index + 1, tuple(absent)) if whole else None
         gone = _absent(module, statement)

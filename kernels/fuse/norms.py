@@ -35,6 +35,7 @@ class Norm(Joint):
     """A row norm: what it centres, scales and adds, by attribute name; ``eps`` is an attribute's name or a number."""
 
     hint: ClassVar[str] = "norm"
+    common: ClassVar[bool] = True
     center: bool
     weight: str | None
     bias: str | None

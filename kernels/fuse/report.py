@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,7 +20,9 @@ class Record:
     path: str
     was: str
     now: str
-    status: str  #: "fused", "planned", "left", "already fused"; of ``fold``: "folded", "left", "already folded"
+    #: "fused", "planned", "offered" (swapped only where it is asked for by the operator's name, or timed), "left",
+    #: "already fused"; of ``fold``: "folded", "left", "already folded".
+    status: str
     reason: str = ""
     check: Check | None = None
     saving: Saving | None = None
@@ -61,7 +64,13 @@ class FusionReport:
 
         Pixels are those of each joint's own image. What is told for an element of a joint's input has no sum.
         """
-        return _added(record for record in self.records if record.saving and record.saving.unit != "element")
+        swapped = (record for record in self.records if record.status != "offered")
+        return _added(record for record in swapped if record.saving and record.saving.unit != "element")
+
+    @property
+    def offered(self) -> list[Record]:
+        """The records of what is swapped only where it is asked for by the operator's name, or timed."""
+        return [record for record in self.records if record.status == "offered"]
 
     def rows(self) -> list[tuple[str, ...]]:
         """Of each group of like joints: path, number, was, now, traffic, activations, time, error or reason."""
@@ -75,9 +84,11 @@ class FusionReport:
     def totals(self) -> list[str]:
         """How many joints were fused, and what they save together, in words."""
         count = sum(record.status == self.done for record in self.records)
+        offered = Counter(record.now for record in self.offered)
         found = f"{count} of {len(self.records)} joint{'s' * (len(self.records) != 1)}"
         return [
             f"{found} {'would be fused' if self.done == 'planned' else self.done}",
+            *(f"only={now!r} would fuse {number} more" for now, number in offered.items()),
             *(f"saves {_moved(one)} of traffic, {_kept(one)} of activations" for one in self.savings.values()),
         ]
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
+from .add_modulated import AddModulated
 from .add_norm import AddNorm
 from .complex_turn import ComplexTurn
 from .gate import Gate
@@ -30,7 +31,7 @@ from .verify import Check, verify
 #: too.
 KINDS: tuple[type[Site], ...] = (
     *(Turn, ComplexTurn, Gate, NormAddAct, NormAct),
-    *(Modulated, ScaleAdd, GatedAdd, AddNorm, DropoutAdd),
+    *(AddModulated, Modulated, ScaleAdd, GatedAdd, AddNorm, DropoutAdd),
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,10 @@ from .savings import Counted
 
 @dataclass(frozen=True)
 class Rotary(Joint):
-    """How the helper is called: so many tensors first, then cos and sin, then perhaps the dim that both get."""
+    """How the helper is called: so many tensors first, then cos and sin, then perhaps the dim that both get.
+
+    With ``half`` cos and sin have a column for each pair of elements, and not for each element.
+    """
 
     hint: ClassVar[str] = "rotary"
     operator: ClassVar[str] = "rope"  # type: ignore[misc]
@@ -36,6 +40,7 @@ class Rotary(Joint):
     cos: int
     sin: int
     interleaved: bool
+    half: bool
     unsqueeze: str | None
     unsqueeze_dim: int | None
     promotes: bool
@@ -65,24 +70,25 @@ class Rotary(Joint):
         form = _form(helper)
         if form is None:
             raise Refused(f"{name} does not take (tensors, cos, sin)")
-        x, cos, sin = (sample.randn(*shape) for shape in ((2, 4, 6, 16), (2, 6, 16), (2, 6, 16)))
+        x, *tables = (sample.randn(*shape) for shape in ((2, 4, 6, 16), (2, 6, 16), (2, 6, 16)))
         failure = ""
-        for interleaved in (False, True):
-            joint = cls(name, *form, interleaved, None, None, False)
+        for half, interleaved in itertools.product((False, True), repeat=2):
+            joint = cls(name, *form, interleaved, half, None, None, False)
+            cos, sin = (t[..., :8] if half else t for t in tables)
             for candidate in joint._placements(helper):
                 arguments = candidate._arguments([x] * form[0], cos, sin)
                 try:
                     y = helper(*arguments)
                     expected = candidate.fused(helper)(*arguments)
                 except Exception as error:
-                    failure = str(error)
+                    failure = failure or str(error)
                     continue
                 if all(
                     a.shape == b.shape and torch.allclose(a, b)
                     for a, b in zip(_tuple(y), _tuple(expected), strict=True)
                 ):
-                    half = helper(*(t.bfloat16() if t is x else t.float() for t in arguments))
-                    promotes = _tuple(half)[0].dtype == torch.float32
+                    narrow = helper(*(t.bfloat16() if t is x else t.float() for t in arguments))
+                    promotes = _tuple(narrow)[0].dtype == torch.float32
                     return cls(**{**vars(candidate), "promotes": promotes})
         raise Refused(f"{name} is no rotary embedding that is known here" + (f": {failure}" if failure else ""))
 
@@ -95,15 +101,17 @@ class Rotary(Joint):
     def fused(self, helper: Callable[..., Any]) -> Callable[..., Any]:
         """The fused form of the helper; what it does not take goes to the helper itself."""
         count, cos_at, sin_at, interleaved, promotes = self.tensors, self.cos, self.sin, self.interleaved, self.promotes
-        unsqueeze, default, several = self.unsqueeze, self.unsqueeze_dim, self.tensors > 1
+        unsqueeze, default, several, half = self.unsqueeze, self.unsqueeze_dim, self.tensors > 1, self.half
 
         @functools.wraps(helper)
         def rotary(*args: Any, **kwargs: Any) -> Any:
             if len(args) != count + 2 or any(name != unsqueeze for name in kwargs) or not all(map(takes, args)):
                 return helper(*args, **kwargs)
             cos, sin = args[cos_at], args[sin_at]
-            if cos.shape[-1] != args[0].shape[-1] or cos.dtype != sin.dtype:
+            if cos.shape[-1] * (1 + half) != args[0].shape[-1] or cos.dtype != sin.dtype:
                 return helper(*args, **kwargs)
+            if half:
+                cos, sin = (t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos, sin))
             if unsqueeze is not None:
                 dim = kwargs.get(unsqueeze, default)
                 cos, sin = cos.unsqueeze(dim), sin.unsqueeze(dim)
@@ -125,8 +133,8 @@ class Rotary(Joint):
         """Grouped heads; angles shared by the batch, and of each sequence its own."""
         query, key = sample.randn(2, 4, 6, 16), sample.randn(2, 2, 6, 16)
         heads = [query, key][: self.tensors]
-        angles = sample.randn(2, 6, 8).repeat(1, 1, 2)
-        free = sample.randn(2, 6, 16)
+        angles = sample.randn(2, 6, 8).repeat(1, 1, 1 if self.half else 2)
+        free = sample.randn(*angles.shape)
         return [
             Draw("an ordinary", self._arguments(heads, angles.cos(), angles.sin()), tables=2),
             Draw("an unpaired", self._arguments(heads, free, free.flip(-1))),

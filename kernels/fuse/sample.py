@@ -53,6 +53,7 @@ class Sample:
         self.dtype = torch.float32 if first is None else first.dtype
         self.device = torch.device("cpu") if first is None or first.device.type == "meta" else first.device
         self.generator = torch.Generator().manual_seed(1)
+        self.drawn = 0
         self.module = nn.Module() if sizes is None else self._copy(module, root, sizes)
 
     def randn(self, *shape: int) -> Tensor:
@@ -88,7 +89,10 @@ class Sample:
             return nn.Parameter(self.randn(*shape) / shape[-1] ** 0.5)
         values = 1.0 + 0.5 * self.randn(*shape)
         if values.numel() > 1:
-            values[0] = 30.0  # large enough for an output clamp to show
+            # Large enough for an output clamp to show. In another channel of each parameter: where a weight is as large
+            # as the bias that it is added to, a result of about 0 is all roundings.
+            values[self.drawn % len(values)] = 30.0
+            self.drawn += 1
         return nn.Parameter(values)
 
     def _buffer(self, buffer: Tensor) -> Tensor:

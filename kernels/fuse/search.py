@@ -16,6 +16,7 @@ from .heads import OutputHead
 from .joint import Fusion, Joint, as_original, fused_class, fusion
 from .losses import BinaryCrossEntropy, CausalLoss, CrossEntropy, SoftmaxModule
 from .norms import Norm
+from .plain_mlp import PlainMLP
 from .rewritten import Verdict, examine, joined, sites
 from .rotary import Rotary
 from .sample import Refused, Sample
@@ -27,6 +28,7 @@ JOINTS: tuple[type[Joint], ...] = (
     Norm,
     ChannelNorm,
     GatedMLP,
+    PlainMLP,
     Rotary,
     CrossEntropy,
     BinaryCrossEntropy,
@@ -116,7 +118,8 @@ class Search:
             if outcome.joint is not None:
                 joint, saved = outcome.joint, outcome.saving
                 saved = None if saved is None else saved.of(self._measure(joint, module))
-                return Found("fused", joint.operator, outcome.reason, outcome.check, joint, saving=saved)
+                status, reason = ("offered", joint.offer) if joint.offer else ("fused", outcome.reason)
+                return Found(status, joint.operator, reason, outcome.check, joint, saving=saved)
             if outcome.reason:
                 left = Found("left", "", outcome.reason)
         return left
@@ -168,4 +171,5 @@ def _attempt(joint_type: type[Joint], module: nn.Module, root: nn.Module, sizes:
 
 def _named_like(module: nn.Module, joint_type: type[Joint]) -> bool:
     """Only for the report: whether a user would expect to read why this module was left."""
-    return joint_type is not Norm or any(Norm.hint in base.__name__.lower() for base in type(module).__mro__)
+    named = any(joint_type.hint in base.__name__.lower() for base in type(module).__mro__)
+    return named or not joint_type.common

@@ -75,7 +75,7 @@ class Site(ABC):
         return Counted(original, fused, draw, draw.inputs[0].numel())
 
     def alive(self, counted: Counted) -> Counted:
-        """With what verification has to switch off, as dropout: to be counted and timed."""
+        """To be counted and timed: with what verification has to switch off, as dropout; against what fuses anyway."""
         return counted
 
     @abstractmethod
@@ -194,6 +194,15 @@ def resolved(node: ast.expr, module: nn.Module, function: types.FunctionType) ->
 
 def activation(act: Any) -> str | None:
     """The name of the activation that ``act`` computes, by its values; None if it is none that is known here."""
+    found = values(act)
+    if found is None:
+        return None
+    x, y = found
+    return next((name for name, f in ACTIVATIONS.items() if (y - f(x)).abs().max() <= 1e-6), None)
+
+
+def values(act: Any) -> tuple[Tensor, Tensor] | None:
+    """Numbers, and what ``act`` makes of each; None if it is no function of one element, or has parameters."""
     if isinstance(act, nn.Module):
         parts = any(any(True for _ in found()) for found in (act.parameters, act.buffers, act.children))
         if parts or "forward" in vars(act):
@@ -204,11 +213,9 @@ def activation(act: Any) -> str | None:
     try:
         with torch.no_grad(), Exactly():
             y = copy.deepcopy(act).forward(x.clone()) if isinstance(act, nn.Module) else act(x.clone())
-            if not isinstance(y, Tensor) or y.shape != x.shape:
-                return None
-            return next((name for name, f in ACTIVATIONS.items() if (y - f(x)).abs().max() <= 1e-6), None)
     except Exception:
         return None
+    return (x, y) if isinstance(y, Tensor) and y.shape == x.shape else None
 
 
 def identity(act: Any) -> Hashable:

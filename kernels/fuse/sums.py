@@ -113,6 +113,13 @@ def given(steps: Sequence[Step]) -> list[ast.expr]:
     return [expression(step.source) for step in steps]
 
 
+def evaluated(node: ast.AST) -> Iterator[ast.AST]:
+    """What is inside a node, and then the node, as they are evaluated."""
+    for inner in ast.iter_child_nodes(node):
+        yield from evaluated(inner)
+    yield node
+
+
 def target(statement: Any) -> str | None:
     """The name that a statement assigns to."""
     one = isinstance(statement, ast.Assign) and len(statement.targets) == 1

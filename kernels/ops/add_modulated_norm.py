@@ -23,7 +23,7 @@ from . import modulated_norm, row_norm
 
 
 def reference(
-    x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor, shift: Tensor | None, **options: Any
+    x: Tensor, residual: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Gated residual and modulated norm in plain PyTorch: ``gate``, ``scale`` and ``shift`` broadcast to x."""
     return row_norm.add_reference(x, residual, scale, shift, gate, None, **options)
@@ -32,7 +32,7 @@ def reference(
 def add_modulated_layer_norm(
     x: Tensor,
     residual: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     scale: Tensor,
     shift: Tensor | None,
     weight: Tensor | None = None,
@@ -47,7 +47,7 @@ def add_modulated_layer_norm(
     Args:
         x: floating-point tensor [B, ..., D].
         residual: like x; its dtype may be wider (a float32 residual stream).
-        gate: like scale.
+        gate: like scale, or None for no gate.
         scale: as in :func:`.modulated_layer_norm`.
         shift: like scale, or None for no shift.
         weight: as in :func:`.modulated_layer_norm`.
@@ -67,7 +67,7 @@ def add_modulated_layer_norm(
 def add_modulated_rms_norm(
     x: Tensor,
     residual: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     scale: Tensor,
     shift: Tensor | None,
     weight: Tensor | None = None,
@@ -85,7 +85,7 @@ def _add(
     op: Op,
     x: Tensor,
     residual: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     scale: Tensor,
     shift: Tensor | None,
     weight: Tensor | None,
@@ -105,7 +105,7 @@ def _run(
     run: Callable[..., tuple[Tensor, Tensor]],
     x: Tensor,
     residual: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     scale: Tensor,
     shift: Tensor | None,
     **options: Any,
@@ -114,16 +114,18 @@ def _run(
 
 
 def _aten(
-    center: bool, x: Tensor, residual: Tensor, gate: Tensor, *others: Tensor | None, **options: Any
+    center: bool, x: Tensor, residual: Tensor, gate: Tensor | None, *others: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    h = (residual + gate * x).to(torch.promote_types(x.dtype, residual.dtype))
+    h = (residual + (x if gate is None else gate * x)).to(torch.promote_types(x.dtype, residual.dtype))
     return modulated_norm.aten(center, h, *others, **options).to(x.dtype), h  # type: ignore[arg-type]
 
 
-def _inputs(draw: Draw, *, B: int, S: int, D: int, tokens: bool = False, affine: int = 0) -> Call:
+def _inputs(draw: Draw, *, B: int, S: int, D: int, tokens: bool = False, affine: int = 0, gated: bool = True) -> Call:
     x, residual = draw.tensor(B, S, D), draw.tensor(B, S, D)
     gate, scale, shift = modulated_norm.rows(draw, 3, B=B, S=S, D=D, tokens=tokens)
-    return Call((x, residual, gate, scale, shift, *[draw.weight(D) for _ in range(affine)]), {"eps": 1e-6})
+    return Call(
+        (x, residual, gate if gated else None, scale, shift, *[draw.weight(D) for _ in range(affine)]), {"eps": 1e-6}
+    )
 
 
 def _errors() -> Iterator[ErrorInput]:
@@ -134,11 +136,13 @@ def _errors() -> Iterator[ErrorInput]:
 
 
 def _traffic(
-    statistics: int, itemsize: int, *, B: int, S: int, D: int, tokens: bool = False, affine: int = 0
+    statistics: int, itemsize: int, *, B: int, S: int, D: int, tokens: bool = False, affine: int = 0, gated: bool = True
 ) -> Traffic:
-    """Of the residual, h and the gate beside these; backward x, dh_out, the residual's gradient and the gate's."""
+    """Of the residual, h and the gate beside these; backward dh_out, and with a gate x, dx and the gate's gradient."""
     alone = modulated_norm.traffic(statistics, itemsize, B=B, S=S, D=D, tokens=tokens, affine=affine)
     size, gate = B * S * D * itemsize, B * (S if tokens else 1) * D * itemsize
+    if not gated:
+        return Traffic(alone.forward + 2 * size, alone.backward + size)
     return Traffic(alone.forward + 2 * size + gate, alone.backward + 3 * size + 2 * gate)
 
 
@@ -166,7 +170,7 @@ ADD_MODULATED_LAYER_NORM = _op(
     add_modulated_layer_norm,
     center=True,
     replaces="`residual + gate * x`, then a modulated `F.layer_norm`: between the branches of a DiT block",
-    variants={k: v for k, v in modulated_norm.VARIANTS.items() if k != "affine"},
+    variants={k: v for k, v in modulated_norm.VARIANTS.items() if k != "affine"} | {"no gate": {"gated": False}},
 )
 
 ADD_MODULATED_RMS_NORM = _op(

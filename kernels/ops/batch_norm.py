@@ -1,7 +1,7 @@
 """Batch normalization, fused with the residual add and the activation behind it.
 
     z = (x − mean) / √(var + ε) · weight_c + bias_c (+ residual)      of each channel, over the batch or as tracked
-    y = act(z)                                                        act ∈ {identity, relu, silu}
+    y = act(z)                                                        act as in channel_norm.py
 
 Source: Ioffe and Szegedy, Batch Normalization (2015); ``torch.nn.functional.batch_norm``. With a residual it ends every
 block of a ResNet (He et al., 2016).
@@ -24,7 +24,7 @@ from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 from . import process_groups
 from .batch_norm_pieces import PLAIN, Pieces, gradients, moments, normalize, parameter_gradients, sums
 from .batch_norm_sync import synchronized
-from .channel_norm import ACTIVATIONS, activation_name, check, dense, draw_images
+from .channel_norm import Activation, activated, check, checked_activation, dense, draw_images
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,7 +40,7 @@ def reference(
     *,
     training: bool,
     eps: float,
-    activation: str,
+    activation: Activation,
     group: ProcessGroup | None = None,
 ) -> Any:
     """Batch normalization in plain PyTorch: float32 (or wider) inside; in training y, mean and variance, else y.
@@ -68,6 +68,7 @@ def batch_norm_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str | None = None,
+    negative_slope: float = 0.01,
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """Batch normalization, residual add and activation: ``act((x − mean) / √(var + eps) · weight + bias + residual)``.
@@ -86,7 +87,8 @@ def batch_norm_act(
         training: normalize with the mean and the variance (with divisor n) of the batch.
         momentum: how far the running statistics move, of the way to the batch's.
         eps: added to the variance.
-        activation: None, ``"relu"`` or ``"silu"``.
+        activation: None, ``"relu"``, ``"silu"``, ``"gelu"``, ``"hardswish"``, ``"relu6"`` or ``"leaky_relu"``.
+        negative_slope: of ``"leaky_relu"``.
         group: in training, take the statistics over the batches of all its processes, which may be of different sizes,
             as ``torch.nn.SyncBatchNorm`` does; all of them must make this call. None for those of this process alone.
             The gradients of weight and bias are this process's share, for DistributedDataParallel to bring together.
@@ -108,7 +110,8 @@ def batch_norm_act(
             f"batch_norm_act: residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}; "
             "expand it first if it should broadcast"
         )
-    options: dict[str, Any] = {"eps": float(eps), "activation": activation_name("batch_norm_act", activation)}
+    act = checked_activation("batch_norm_act", activation, negative_slope)
+    options: dict[str, Any] = {"eps": float(eps), "activation": act}
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(
@@ -154,11 +157,12 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         momentum: how far the running statistics move; None for the average of all batches.
         affine: learn a scale and a shift for each channel.
         track_running_stats: keep running statistics for evaluation.
-        act: None, ``"relu"`` or ``"silu"``.
+        act: as ``activation`` of :func:`batch_norm_act`.
         process_group: as of ``torch.nn.SyncBatchNorm``: the processes to share statistics with in training. Unlike
             there, None is this process alone; ``torch.distributed.group.WORLD`` is all, once they are initialized. A
             built model is synchronized by setting this attribute of its norms, not by
             ``SyncBatchNorm.convert_sync_batchnorm``, which would put norms without an activation in their place.
+        negative_slope: of ``act="leaky_relu"``.
     """
 
     def __init__(
@@ -170,11 +174,12 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         track_running_stats: bool = True,
         act: str | None = None,
         process_group: ProcessGroup | None = None,
+        negative_slope: float = 0.01,
         **factory: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
-        activation_name("BatchNormAct2d", act)
-        self.act = act
+        checked_activation("BatchNormAct2d", act, negative_slope)
+        self.act, self.negative_slope = act, negative_slope
         self.process_group = process_group
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -197,6 +202,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             momentum=momentum or 0.0,
             eps=self.eps,
             activation=self.act,
+            negative_slope=self.negative_slope,
             group=self.process_group if self.training else None,
         )
 
@@ -255,7 +261,7 @@ def _closed_form(
     needs: tuple[bool, ...],
     training: bool,
     eps: float,
-    activation: str,
+    activation: Activation,
 ) -> Gradients:
     """The gradients in closed form, from the sums over each channel of a·n and a."""
     if training:
@@ -280,9 +286,10 @@ def _aten(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str | None = None,
+    negative_slope: float = 0.01,
 ) -> Tensor:
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return ACTIVATIONS[activation or "none"](y if residual is None else y + residual)
+    return activated(y if residual is None else y + residual, (activation or "none", negative_slope))
 
 
 def _inputs(
@@ -309,7 +316,7 @@ def _errors() -> Iterator[ErrorInput]:
     yield ErrorInput(Call((x[:1, :, :1], ones, ones), {"training": True}), ValueError, r"more than one.*\(1, 8, 1\)")
     group = {"training": True, "group": "world"}
     yield ErrorInput(Call((x, ones, ones), group), RuntimeError, "group needs torch.distributed, which is not initial")
-    yield ErrorInput(Call((x, ones, ones), {"activation": "gelu"}), ValueError, r"None, 'relu' or 'silu', got 'gelu'")
+    yield ErrorInput(Call((x, ones, ones), {"activation": "elu"}), ValueError, r"None or one of 'relu', .*got 'elu'")
 
 
 def _traffic(
@@ -336,7 +343,7 @@ def _axes(*_: Tensor | None, training: bool, **__: Any) -> str:
 
 BATCH_NORM_ACT = Op(
     name="batch_norm_act",
-    replaces="`F.batch_norm`, residual add, `F.relu` or `F.silu`",
+    replaces="`F.batch_norm`, residual add, activation",
     fn=batch_norm_act,
     reference=reference,
     impls={"triton": _triton, "compile": _compiled},
@@ -353,6 +360,10 @@ BATCH_NORM_ACT = Op(
         ("residual", "backward"): Excess(1.62, _BACKWARD),
         ("channels last", "forward"): Excess(1.55, _FORWARD),
         ("channels last", "backward"): Excess(1.72, _BACKWARD),
+        ("hardswish", "forward"): Excess(1.52, _FORWARD),
+        ("hardswish", "backward"): Excess(1.69, _BACKWARD),
+        ("gelu", "forward"): Excess(1.52, _FORWARD),
+        ("gelu", "backward"): Excess(1.69, _BACKWARD),
         ("evaluation", "backward"): Excess(1.62, "training's kernels, which need the sums first, serve this rare pass"),
     },
     flops=lambda N, C, S: 9 * N * C * S,
@@ -361,9 +372,11 @@ BATCH_NORM_ACT = Op(
     errors=_errors,
     variants={
         "default": {"training": True, "activation": "relu"},
-        "residual": {"training": True, "activation": "relu", "residual": True},
+        "residual": {"training": True, "activation": "leaky_relu", "negative_slope": 0.2, "residual": True},
         "channels last": {"training": True, "activation": "silu", "channels_last": True},
-        "evaluation": {"activation": "relu", "residual": True},
+        "hardswish": {"training": True, "activation": "hardswish"},
+        "gelu": {"training": True, "activation": "gelu"},
+        "evaluation": {"activation": "relu6", "residual": True},
         "evaluation, no affine": {"affine": False},
     },
     modules=(BatchNormAct2d,),

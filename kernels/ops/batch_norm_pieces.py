@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .channel_norm import ACTIVATIONS, per_channel, pulled_back
+from .channel_norm import Activation, activated, per_channel, pulled_back
 
 
 class Pieces(NamedTuple):
@@ -50,11 +50,11 @@ def normalize(
     var: Tensor | None,
     *,
     eps: float,
-    activation: str,
+    activation: Activation,
 ) -> Tensor:
     """Y, in the dtype of x."""
     n, _ = _whitened(x, mean, var, eps)
-    return ACTIVATIONS[activation](_shifted(n, weight, bias, residual)).to(x.dtype)
+    return activated(_shifted(n, weight, bias, residual), activation).to(x.dtype)
 
 
 def _whitened(x: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ def _shifted(n: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Te
     return n if residual is None else n + residual.to(n.dtype)
 
 
-def sums(dy: Tensor, x: Tensor, *others: Tensor | None, eps: float, activation: str) -> Tensor:
+def sums(dy: Tensor, x: Tensor, *others: Tensor | None, eps: float, activation: Activation) -> Tensor:
     """[2, C]: Σ a·n and Σ a of each channel."""
     weight, bias, residual, mean, var = others
     n, _ = _whitened(x, mean, var, eps)
@@ -83,7 +83,7 @@ def sums(dy: Tensor, x: Tensor, *others: Tensor | None, eps: float, activation: 
 
 
 def gradients(
-    dy: Tensor, x: Tensor, *others: Tensor | None, needs: tuple[bool, bool], eps: float, activation: str
+    dy: Tensor, x: Tensor, *others: Tensor | None, needs: tuple[bool, bool], eps: float, activation: Activation
 ) -> tuple[Tensor | None, Tensor | None]:
     """Those of x and residual, from the means of a·n and a over each channel; None where the statistics are given."""
     weight, bias, residual, mean, var, means = others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -9,13 +10,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..op import Draw
-from . import checks
+from . import activations, checks
 
-#: What may follow a normalization.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda z: z,
-    "relu": F.relu,
-    "silu": F.silu,
+#: The name of an activation, and the slope of ``leaky_relu`` below zero.
+Activation = tuple[str, float]
+
+
+def _relu6(z: Tensor) -> Tensor:
+    # Of NaN the gradient of F.relu6 is 0 or 1, as its place in the tensor has it.
+    return torch.where(z >= 6.0, 6.0, F.relu(z))
+
+
+def _hardswish(z: Tensor) -> Tensor:
+    return z * (_relu6(z + 3.0) / 6.0)
+
+
+#: What may follow a normalization, by the name of the activation; of z and the slope.
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "none": lambda z, _: z,
+    "relu": lambda z, _: F.relu(z),
+    "silu": lambda z, _: F.silu(z),
+    "gelu": lambda z, _: activations.ACTIVATIONS["gelu"](z),
+    "hardswish": lambda z, _: _hardswish(z),
+    "relu6": lambda z, _: _relu6(z),
+    "leaky_relu": F.leaky_relu,
 }
 
 
@@ -34,22 +52,27 @@ def check(name: str, x: Tensor, **per_channel: Tensor | None) -> None:
             )
 
 
-def activation_name(name: str, activation: str | None) -> str:
-    """The key of an activation in :data:`ACTIVATIONS`; raise if there is none."""
-    if activation is not None and activation not in ("relu", "silu"):
+def checked_activation(name: str, activation: str | None, negative_slope: float) -> Activation:
+    """An activation as the implementations take it; raise if there is none of this name."""
+    if activation is not None and (activation == "none" or activation not in ACTIVATIONS):
+        known = ", ".join(repr(one) for one in ACTIVATIONS if one != "none")
         raise ValueError(
-            f"{name}: activation must be None, 'relu' or 'silu', got {activation!r}; apply others after it"
+            f"{name}: activation must be None or one of {known}, got {activation!r}; apply others after it"
         )
-    return activation or "none"
+    return activation or "none", float(negative_slope) if activation == "leaky_relu" else 0.0
 
 
-def pulled_back(dy: Tensor, z: Tensor, activation: str) -> Tensor:
+def activated(z: Tensor, activation: Activation) -> Tensor:
+    """``act(z)``."""
+    name, slope = activation
+    return ACTIVATIONS[name](z, slope)
+
+
+def pulled_back(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:
     """``dy · act'(z)`` in the dtype of z."""
     dy = dy.to(z.dtype)
-    if activation == "silu":
-        s = torch.sigmoid(z)
-        return dy * (s * (1.0 + z * (1.0 - s)))
-    return dy.masked_fill(z <= 0.0, 0.0) if activation == "relu" else dy
+    (dz,) = torch.func.vjp(functools.partial(activated, activation=activation), z)[1](dy)
+    return dz
 
 
 def per_channel(parameter: Tensor, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Group normalization, alone and fused with the activation behind it.
 
     z = (x − mean(x)) / √(var(x) + ε) · weight_c + bias_c        over each group of C / G channels, var with divisor n
-    y = act(z)                                                   act ∈ {identity, relu, silu}
+    y = act(z)                                                   act as in channel_norm.py
 
 Source: Wu and He, Group Normalization (2018); ``torch.nn.functional.group_norm``. GroupNorm then SiLU is every block of
 a diffusion U-Net (Ho et al., Denoising Diffusion Probabilistic Models, 2020).
@@ -21,15 +21,24 @@ from .. import dispatch
 from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
-from .channel_norm import ACTIVATIONS, activation_name, check, dense, draw_images, per_channel, pulled_back
+from .channel_norm import (
+    Activation,
+    activated,
+    check,
+    checked_activation,
+    dense,
+    draw_images,
+    per_channel,
+    pulled_back,
+)
 
 
 def reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, num_groups: int, eps: float, activation: str
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, num_groups: int, eps: float, activation: Activation
 ) -> Tensor:
     """Group normalization in plain PyTorch: float32 (or wider) inside, the result in the dtype of ``x``."""
     n, _ = _normed(x, num_groups, eps)
-    return ACTIVATIONS[activation](_affine(n.flatten(1, 2), weight, bias)).to(x.dtype)
+    return activated(_affine(n.flatten(1, 2), weight, bias), activation).to(x.dtype)
 
 
 def _normed(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -62,6 +71,7 @@ def group_norm(
     *,
     eps: float = 1e-5,
     activation: str | None = None,
+    negative_slope: float = 0.01,
 ) -> Tensor:
     """Group normalization, and the activation behind it: ``act((x − mean(x)) / √(var(x) + eps) · weight + bias)``.
 
@@ -74,7 +84,8 @@ def group_norm(
         weight: [C], or None for no scale. Its dtype may differ from x's.
         bias: [C], or None for no shift.
         eps: added to the variance.
-        activation: None, ``"relu"`` or ``"silu"``.
+        activation: None, ``"relu"``, ``"silu"``, ``"gelu"``, ``"hardswish"``, ``"relu6"`` or ``"leaky_relu"``.
+        negative_slope: of ``"leaky_relu"``.
 
     Returns:
         [N, C, *] in x's dtype and memory format.
@@ -90,7 +101,7 @@ def group_norm(
             f"group_norm: num_groups must divide the {x.shape[1]} channels of x, got {num_groups}; "
             "channels are dim 1: x is [N, C, ...]"
         )
-    act = activation_name("group_norm", activation)
+    act = checked_activation("group_norm", activation, negative_slope)
     return dispatch.run(GROUP_NORM, x, weight, bias, num_groups=int(num_groups), eps=float(eps), activation=act)
 
 
@@ -112,7 +123,8 @@ class GroupNormAct(torch.nn.GroupNorm):
         num_groups: G, a divisor of C.
         eps: added to the variance.
         affine: learn a scale and a shift for each channel.
-        act: None, ``"relu"`` or ``"silu"``.
+        act: as ``activation`` of :func:`group_norm`.
+        negative_slope: of ``act="leaky_relu"``.
     """
 
     def __init__(
@@ -122,15 +134,19 @@ class GroupNormAct(torch.nn.GroupNorm):
         eps: float = 1e-5,
         affine: bool = True,
         act: str | None = "relu",
+        negative_slope: float = 0.01,
         **factory: Any,
     ) -> None:
         super().__init__(num_groups, num_channels, eps=eps, affine=affine, **factory)
-        activation_name("GroupNormAct", act)
-        self.act = act
+        checked_activation("GroupNormAct", act, negative_slope)
+        self.act, self.negative_slope = act, negative_slope
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, *] → the same shape, dtype and memory format."""
-        return group_norm(input, self.num_groups, self.weight, self.bias, eps=self.eps, activation=self.act)
+        act, slope = self.act, self.negative_slope
+        return group_norm(
+            input, self.num_groups, self.weight, self.bias, eps=self.eps, activation=act, negative_slope=slope
+        )
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -154,14 +170,14 @@ def _compiled_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, **o
     return y, (x, weight, bias, *statistics)
 
 
-def _compiled_backward(grads: Any, saved: Any, needs: Any, *, activation: str, **_: Any) -> Gradients:
+def _compiled_backward(grads: Any, saved: Any, needs: Any, *, activation: Activation, **_: Any) -> Gradients:
     x, *others = saved
     options = {"needs": tuple(needs), "activation": activation}
     return compiled_call(_gradients, (dense(grads[0]), dense(x), *others), options)
 
 
 def _with_statistics(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, num_groups: int, eps: float, activation: str
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, num_groups: int, eps: float, activation: Activation
 ) -> tuple[Tensor, ...]:
     """y, from one pass over a group for both its moments; mean and 1/√(var + ε); the scale and the shift of a channel.
 
@@ -177,7 +193,7 @@ def _with_statistics(
         scale, shift = scale * weight, shift * weight
     if bias is not None:
         shift = shift + bias
-    return ACTIVATIONS[activation](z).to(x.dtype), mean, rstd, scale, shift
+    return activated(z, activation).to(x.dtype), mean, rstd, scale, shift
 
 
 def _gradients(
@@ -191,7 +207,7 @@ def _gradients(
     shift: Tensor,
     *,
     needs: tuple[bool, bool, bool],
-    activation: str,
+    activation: Activation,
 ) -> Gradients:
     wide = x.to(mean.dtype)
     scale, shift = (t.view(*t.shape, *[1] * (x.dim() - 2)) for t in (scale, shift))
@@ -219,8 +235,9 @@ def _aten(
     *,
     eps: float = 1e-5,
     activation: str | None = None,
+    negative_slope: float = 0.01,
 ) -> Tensor:
-    return ACTIVATIONS[activation or "none"](F.group_norm(x, num_groups, weight, bias, eps))
+    return activated(F.group_norm(x, num_groups, weight, bias, eps), (activation or "none", negative_slope))
 
 
 def _inputs(
@@ -241,7 +258,7 @@ def _errors() -> Iterator[ErrorInput]:
     yield ErrorInput(Call((x, 0)), ValueError, r"num_groups must divide the 8 channels of x, got 0")
     yield ErrorInput(Call((x, 2, torch.ones(3))), ValueError, r"weight must have .* \(8,\), got \(3,\)")
     yield ErrorInput(Call((x, 2, None, torch.ones(8, 1))), ValueError, r"bias must have .* \(8,\), got \(8, 1\)")
-    yield ErrorInput(Call((x, 2), {"activation": "gelu"}), ValueError, r"None, 'relu' or 'silu', got 'gelu'")
+    yield ErrorInput(Call((x, 2), {"activation": "elu"}), ValueError, r"None or one of 'relu', .*got 'elu'")
 
 
 def _traffic(
@@ -259,7 +276,7 @@ _TWICE = {
 
 GROUP_NORM = Op(
     name="group_norm",
-    replaces="`F.group_norm`, then `F.silu` or `F.relu`",
+    replaces="`F.group_norm`, then an activation",
     fn=group_norm,
     reference=reference,
     impls={"triton": _triton, "compile": _compiled},
@@ -278,8 +295,8 @@ GROUP_NORM = Op(
         "default": {"activation": "silu"},
         "relu": {"activation": "relu"},
         "no affine": {"affine": False},
-        "one group": {"groups": 1, "activation": "silu"},
-        "channels last": {"channels_last": True, "activation": "silu"},
+        "one group": {"groups": 1, "activation": "leaky_relu", "negative_slope": 0.2},
+        "channels last": {"channels_last": True, "activation": "hardswish"},
     },
     modules=(GroupNorm, GroupNormAct),
     autocast_to_float32=frozenset({"cuda"}),

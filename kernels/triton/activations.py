@@ -39,8 +39,8 @@ def log1p(z):
 
 
 @triton.jit
-def act(x, dout, ACTIVATION: tl.constexpr):
-    """act(x) and dout·act'(x); NaN, and the NaN of 0·∞, come out where PyTorch has them."""
+def act(x, dout, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr = 0.0):
+    """act(x) and dout·act'(x); NaN, and the NaN of 0·∞, come out where PyTorch has them. SLOPE is leaky_relu's."""
     if ACTIVATION == "silu":
         s = sigmoid(x)
         return x * s, dout * (s * (1.0 + x * (1.0 - s)))
@@ -58,6 +58,15 @@ def act(x, dout, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu":
         # Selected, not multiplied: 0, not NaN, where dout is infinite.
         return tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, dout)
+    elif ACTIVATION == "relu6":
+        low, high = x <= 0.0, x >= 6.0
+        return tl.where(low, 0.0, tl.where(high, 6.0, x)), tl.where(low | high, 0.0, dout)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(x > 0.0, x, SLOPE * x), tl.where(x > 0.0, dout, SLOPE * dout)
+    elif ACTIVATION == "hardswish":
+        low, high = x <= -3.0, x >= 3.0
+        gate = tl.where(low, 0.0, tl.where(high, 1.0, x * (1.0 / 6.0) + 0.5))
+        return x * gate, dout * tl.where(low, 0.0, tl.where(high, 1.0, x * (1.0 / 3.0) + 0.5))
     elif ACTIVATION == "relu_squared":
         r = tl.where(x <= 0.0, 0.0, x)
         return r * r, 2.0 * r * tl.where(x <= 0.0, 0.0, dout)

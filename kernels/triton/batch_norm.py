@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from . import channel_norm
-from .channel_norm import View
+from .channel_norm import Activation, View
 
 
-def forward(x, weight, bias, residual, mean, var, *, training: bool, eps: float, activation: str):
+def forward(x, weight, bias, residual, mean, var, *, training: bool, eps: float, activation: Activation):
     """Return y, in training also the batch's mean and variance, and what the backward pass needs."""
     view = _view(x)
     laid, added = _laid_out(view, x, residual)
@@ -34,7 +34,7 @@ def forward(x, weight, bias, residual, mean, var, *, training: bool, eps: float,
     return ((y, mean, var) if training else y), (x, weight, bias, residual, mean, var)
 
 
-def backward(grads, saved, needs, *, training: bool, eps: float, activation: str):
+def backward(grads, saved, needs, *, training: bool, eps: float, activation: Activation):
     """Return the gradients of x, weight, bias and residual; none of the given statistics."""
     x, weight, bias, residual, mean, var = saved
     if x.numel() == 0:

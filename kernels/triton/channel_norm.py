@@ -19,7 +19,7 @@ parts find is merged in a second kernel, always in the same order: moments with 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,6 +31,10 @@ from .launch import contiguous, launch, multiprocessors
 
 TILE = 4096
 LINE = 64
+
+
+#: The name of an activation, and the slope of ``leaky_relu``.
+Activation = tuple[str, float]
 
 
 class View(NamedTuple):
@@ -45,12 +49,12 @@ class View(NamedTuple):
 
 
 @triton.jit
-def activate(z, dout, ACTIVATION: tl.constexpr):
+def activate(z, dout, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """act(z) and dout·act'(z)."""
     if ACTIVATION == "none":
         return z, dout
     else:
-        return act(z, dout, ACTIVATION)
+        return act(z, dout, ACTIVATION, SLOPE)
 
 
 @triton.jit
@@ -148,7 +152,7 @@ def _merge_moments(partial, mean, var, plane, length, found, BLOCK: tl.constexpr
 @triton.jit
 def _normalize(
     x, residual, weight, bias, mean, var, y, R, C, S, K, eps,
-    ACTIVATION: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     b, c = _channels(C, BLOCK_C)
     mu, r, w, shift = _parameters(weight, bias, mean, var, b, c, C, K, eps)
@@ -157,26 +161,26 @@ def _normalize(
         z = (tl.load(x + at, mask, other=0.0).to(tl.float32) - mu[:, None]) * r[:, None] * w[:, None] + shift[:, None]
         if residual is not None:
             z += tl.load(residual + at, mask, other=0.0).to(tl.float32)
-        out, _ = activate(z, z, ACTIVATION)
+        out, _ = activate(z, z, ACTIVATION, SLOPE)
         tl.store(y + at, out.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
-def _pulled_back(dy, x, residual, at, mask, mu, r, w, shift, ACTIVATION: tl.constexpr):
+def _pulled_back(dy, x, residual, at, mask, mu, r, w, shift, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """a = dy·act'(z), zero outside the mask, and n."""
     dout = tl.load(dy + at, mask, other=0.0).to(tl.float32)
     normed = (tl.load(x + at, mask, other=0.0).to(tl.float32) - mu[:, None]) * r[:, None]
     z = normed * w[:, None] + shift[:, None]
     if residual is not None:
         z += tl.load(residual + at, mask, other=0.0).to(tl.float32)
-    _, a = activate(z, dout, ACTIVATION)
+    _, a = activate(z, dout, ACTIVATION, SLOPE)
     return tl.where(mask, a, 0.0), normed
 
 
 @triton.jit
 def _sums(
     dy, x, residual, weight, bias, mean, var, partial, plane, length, R, C, S, K, eps,
-    ACTIVATION: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     b, c = _channels(C, BLOCK_C)
     mu, r, w, shift = _parameters(weight, bias, mean, var, b, c, C, K, eps)
@@ -184,7 +188,7 @@ def _sums(
     sum_a = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     for tile in range(tl.program_id(1), R * tl.cdiv(S, BLOCK_S), tl.num_programs(1)):
         at, mask, _size = _tile(tile, b, c, R, C, S, LAST, BLOCK_S)
-        a, normed = _pulled_back(dy, x, residual, at, mask, mu, r, w, shift, ACTIVATION)
+        a, normed = _pulled_back(dy, x, residual, at, mask, mu, r, w, shift, ACTIVATION, SLOPE)
         sum_an += tl.where(mask, a * normed, 0.0)
         sum_a += a
     at = _place(b, c, C, K, length)
@@ -212,7 +216,7 @@ def _merge_sums(partial, weight, mean_gn, mean_g, plane, length, found, C, K, el
 @triton.jit
 def _gradient(
     dy, x, residual, weight, bias, mean, var, mean_gn, mean_g, dx, dresidual, R, C, S, K, eps,
-    ACTIVATION: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     b, c = _channels(C, BLOCK_C)
     mu, r, w, shift = _parameters(weight, bias, mean, var, b, c, C, K, eps)
@@ -222,7 +226,7 @@ def _gradient(
         m_g = tl.load(mean_g + group, c < C, other=0.0)
     for tile in range(tl.program_id(1), R * tl.cdiv(S, BLOCK_S), tl.num_programs(1)):
         at, mask, _size = _tile(tile, b, c, R, C, S, LAST, BLOCK_S)
-        a, normed = _pulled_back(dy, x, residual, at, mask, mu, r, w, shift, ACTIVATION)
+        a, normed = _pulled_back(dy, x, residual, at, mask, mu, r, w, shift, ACTIVATION, SLOPE)
         if dresidual is not None:
             tl.store(dresidual + at, a.to(dresidual.dtype.element_ty), mask)
         if dx is not None:
@@ -249,13 +253,13 @@ def moments(x: Tensor, view: View) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def normalize(x, residual, weight, bias, mean, var, view: View, *, eps: float, activation: str) -> Tensor:
+def normalize(x, residual, weight, bias, mean, var, view: View, *, eps: float, activation: Activation) -> Tensor:
     """act((x − μ)/√(σ² + ε)·w + b + residual), laid out as x."""
     _, R, C, S, K, last = view
     y = torch.empty_like(x)
     grid, meta = _programs(view, x.device)
     pointers = (x, residual, contiguous(weight), contiguous(bias), mean, var, y)
-    launch(_normalize, grid, *pointers, R, C, S, K, eps, ACTIVATION=activation, LAST=last, **meta)
+    launch(_normalize, grid, *pointers, R, C, S, K, eps, **constants(activation), LAST=last, **meta)
     return y
 
 
@@ -266,14 +270,14 @@ class Sums(NamedTuple):
     found: int
 
 
-def sums(dy, x, residual, weight, bias, mean, var, view: View, *, eps: float, activation: str) -> Sums:
+def sums(dy, x, residual, weight, bias, mean, var, view: View, *, eps: float, activation: Activation) -> Sums:
     """What the gradients of weight and bias, and those of the statistics, follow from."""
     _, R, C, S, K, last = view
     grid, meta = _programs(view, x.device)
     partial = _runs(2, view, grid[1], x.device)
     pointers = (dy, x, residual, contiguous(weight), contiguous(bias), mean, var, partial)
     where = (partial[0].numel(), partial.shape[-1])
-    launch(_sums, grid, *pointers, *where, R, C, S, K, eps, ACTIVATION=activation, LAST=last, **meta)
+    launch(_sums, grid, *pointers, *where, R, C, S, K, eps, **constants(activation), LAST=last, **meta)
     return Sums(partial, grid[1] * K)
 
 
@@ -302,7 +306,7 @@ def channel_sums(sums: Sums, view: View) -> Tensor:
 
 
 def gradient(
-    dy, x, residual, weight, bias, mean, var, means, view: View, needs, *, eps: float, activation: str
+    dy, x, residual, weight, bias, mean, var, means, view: View, needs, *, eps: float, activation: Activation
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and residual; ``means`` is None where the statistics do not depend on x."""
     _, R, C, S, K, last = view
@@ -311,8 +315,13 @@ def gradient(
     mean_gn, mean_g = (None, None) if means is None else means
     grid, meta = _programs(view, x.device)
     pointers = (dy, x, residual, contiguous(weight), contiguous(bias), mean, var, mean_gn, mean_g, dx, dresidual)
-    launch(_gradient, grid, *pointers, R, C, S, K, eps, ACTIVATION=activation, LAST=last, **meta)
+    launch(_gradient, grid, *pointers, R, C, S, K, eps, **constants(activation), LAST=last, **meta)
     return dx, dresidual
+
+
+def constants(activation: Activation) -> dict[str, Any]:
+    """The activation, for a kernel."""
+    return dict(zip(("ACTIVATION", "SLOPE"), activation, strict=True))
 
 
 def _programs(view: View, device: torch.device) -> tuple[tuple[int, int], dict[str, int]]:

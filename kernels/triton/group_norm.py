@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import channel_norm
-from .channel_norm import View, activate
+from .channel_norm import Activation, View, activate
 from .launch import column_sum, contiguous, launch, multiprocessors
 
 MAX_TILE = 16_384
@@ -49,7 +49,7 @@ def _group(weight, bias, S, K, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
 @triton.jit
 def _forward(
     x, weight, bias, y, mean, var, N, C, S, K, eps,
-    ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     _c, _in_group, w, shift, offset, mask = _group(weight, bias, S, K, BLOCK_K, BLOCK_S)
     for n in range(tl.program_id(1), N, tl.num_programs(1)):
@@ -62,14 +62,14 @@ def _forward(
         tl.store(mean + group, mu)
         tl.store(var + group, squares)
         z = block * (1.0 / tl.sqrt(squares + eps)) * w[:, None] + shift[:, None]
-        out, _ = activate(z, z, ACTIVATION)
+        out, _ = activate(z, z, ACTIVATION, SLOPE)
         tl.store(y + at, out.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
 def _backward(
     dy, x, weight, bias, mean, var, dx, dw_partial, db_partial, N, C, S, K, eps,
-    ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     c, in_group, w, shift, offset, mask = _group(weight, bias, S, K, BLOCK_K, BLOCK_S)
     dw = tl.zeros([BLOCK_K], tl.float32)
@@ -80,7 +80,7 @@ def _backward(
         r = 1.0 / tl.sqrt(tl.load(var + group) + eps)
         dout = tl.load(dy + at, mask, other=0.0).to(tl.float32)
         normed = (tl.load(x + at, mask, other=0.0).to(tl.float32) - tl.load(mean + group)) * r
-        _, a = activate(normed * w[:, None] + shift[:, None], dout, ACTIVATION)
+        _, a = activate(normed * w[:, None] + shift[:, None], dout, ACTIVATION, SLOPE)
         a = tl.where(mask, a, 0.0)
         normed = tl.where(mask, normed, 0.0)
         sum_an = tl.sum(a * normed, 1)
@@ -98,7 +98,7 @@ def _backward(
         tl.store(db_partial + tl.program_id(1) * C + c, db, in_group)
 
 
-def forward(x, weight, bias, *, num_groups: int, eps: float, activation: str):
+def forward(x, weight, bias, *, num_groups: int, eps: float, activation: Activation):
     """Return y, and what the backward pass needs."""
     view = _view(x, num_groups)
     laid = channel_norm.laid_out(x, view.last)
@@ -109,14 +109,14 @@ def forward(x, weight, bias, *, num_groups: int, eps: float, activation: str):
         grid = (num_groups, min(N, triton.cdiv(4 * multiprocessors(x.device), num_groups)))
         pointers = (laid, contiguous(weight), contiguous(bias), y, mean, var)
         if x.numel():
-            launch(_forward, grid, *pointers, N, C, S, K, eps, ACTIVATION=activation, **_tile(view))
+            launch(_forward, grid, *pointers, N, C, S, K, eps, **channel_norm.constants(activation), **_tile(view))
     else:
         mean, var = channel_norm.moments(laid, view)
         y = channel_norm.normalize(laid, None, weight, bias, mean, var, view, eps=eps, activation=activation)
     return y, (x, weight, bias, mean, var)
 
 
-def backward(grads, saved, needs, *, num_groups: int, eps: float, activation: str):
+def backward(grads, saved, needs, *, num_groups: int, eps: float, activation: Activation):
     """Return the gradients of x, weight and bias."""
     x, weight, bias, mean, var = saved
     view = _view(x, num_groups)
@@ -130,14 +130,16 @@ def backward(grads, saved, needs, *, num_groups: int, eps: float, activation: st
     return dx, *channel_norm.parameter_gradients(found, weight, bias, view, needs[1:])
 
 
-def _backward_of_whole_groups(dy, x, weight, bias, mean, var, view: View, needs, *, eps: float, activation: str):
+def _backward_of_whole_groups(dy, x, weight, bias, mean, var, view: View, needs, *, eps: float, activation: Activation):
     N, _, C, S, K, _ = view
     dx = torch.empty_like(x) if needs[0] else None
     grid = (C // K, min(N, triton.cdiv(2 * multiprocessors(x.device), C // K)))
     partial = [torch.empty(grid[1], C, dtype=torch.float32, device=x.device) if need else None for need in needs[1:]]
     pointers = (dy, x, contiguous(weight), contiguous(bias), mean, var, dx)
     if x.numel():
-        launch(_backward, grid, *pointers, *partial, N, C, S, K, eps, ACTIVATION=activation, **_tile(view))
+        launch(
+            _backward, grid, *pointers, *partial, N, C, S, K, eps, **channel_norm.constants(activation), **_tile(view)
+        )
     else:
         for unwritten in partial:
             if unwritten is not None:
