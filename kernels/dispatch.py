@@ -35,6 +35,8 @@ from .compiled import compiled, uncompiled
 from .op import Op
 
 BACKENDS = ("eager", "compile", "triton")
+#: By device type; others run the plain form.
+DEFAULTS = {"cuda": "triton", "xpu": "triton", "cpu": "compile"}
 
 #: A compiled call costs about 0.1 ms more than a plain one, forward and backward; below this many elements (measured on
 #: two CPU cores with rms_norm, float32) it does not earn that back.
@@ -105,7 +107,7 @@ def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
     assert first is not None
     if first.device.type in op.autocast_to_float32 and torch.is_autocast_enabled(first.device.type):
         tensors = tuple(_to_float32(t) for t in tensors)
-    sharded = any(sharding.is_sharded(t) for t in tensors)
+    sharded = sharding.any_sharded(tensors)
     # DTensors bring the compiler the plain reference's operations, but know nothing of an opaque one.
     if torch.compiler.is_compiling() and not (sharded and op.traced):
         return (op.traced or op.reference)(*tensors, **options)
@@ -132,14 +134,17 @@ def choose(op: Dispatched, tensors: tuple[Tensor | None, ...]) -> Choice:
     why = seen_into(present)
     if why:
         return Choice("eager", why)
-    device = present[0].device
-    if any(t.device != device for t in present):
-        raise ValueError(
-            f"{op.name}: all tensors must be on one device, got {', '.join(str(t.device) for t in present)}; "
-            "move them, e.g. t.to(x.device)"
-        )
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in present) else present[0].dtype
-    return preferred(op, device.type, dtype, max(t.numel() for t in present))
+    device, dtype, elements = present[0].device, present[0].dtype, 0
+    for t in present:
+        if t.device != device:
+            raise ValueError(
+                f"{op.name}: all tensors must be on one device, got {', '.join(str(t.device) for t in present)}; "
+                "move them, e.g. t.to(x.device)"
+            )
+        if t.dtype == torch.float64:
+            dtype = t.dtype
+        elements = max(elements, t.numel())
+    return preferred(op, device.type, dtype, elements)
 
 
 def asked() -> str | None:
@@ -155,7 +160,7 @@ def preferred(op: Dispatched, device: str, dtype: torch.dtype, elements: int) ->
         if missing:
             raise RuntimeError(f"backend {forced!r} was asked for, but {op.name} cannot run it here: {missing}")
         return Choice(forced, "asked for")
-    backend = {"cuda": "triton", "xpu": "triton", "cpu": "compile"}.get(device)
+    backend = DEFAULTS.get(device)
     if backend is None:
         return Choice("eager", f"no fused implementation for device {device!r}")
     if backend == "compile" and elements < SMALLEST_COMPILED:
@@ -197,10 +202,11 @@ def implementation(op: Op, backend: str) -> Callable[..., Any]:
 
 def seen_into(tensors: list[Tensor]) -> str | None:
     """Why somebody has to see the plain operations; None if nobody does."""
-    if any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors):
-        return "a tensor subclass defines its own operations"
-    if any(t.layout != torch.strided or t.is_nested or t.is_neg() for t in tensors):
-        return "a sparse, nested or lazily negated tensor is more than the memory that a kernel reads"
+    for t in tensors:
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return "a tensor subclass defines its own operations"
+        if t.layout != torch.strided or t.is_nested or t.is_neg():
+            return "a sparse, nested or lazily negated tensor is more than the memory that a kernel reads"
     if torch._C._len_torch_dispatch_stack() > 0 and not _counted:
         return "an active dispatch mode wants to see the plain operations"
     if torch._C._are_functorch_transforms_active():

@@ -29,9 +29,14 @@ _SEED_STEP = 0x9E37_79B9_7F4A_7C15 >> 1 | 1
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
-    """Whether ``tensor`` is a DTensor. The module that defines it is imported by whoever makes one, not by braze."""
+    """Whether ``tensor`` is a DTensor."""
+    return any_sharded((tensor,))
+
+
+def any_sharded(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether one is a DTensor. The module that defines it is imported by whoever makes one, not by braze."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
 
 
 def run(name: str, fn: Callable[..., Any], signature: str, tensors: Sequence[Tensor | None]) -> Any:

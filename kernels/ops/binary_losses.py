@@ -53,15 +53,17 @@ def loss_and_slope(
     alpha: float | None = None,
     gamma: float = 0.0,
     label_smoothing: float = 0.0,
+    z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each element and its derivative, with the names of the kernels."""
+    """The loss of each element and its derivative, with the names of the kernels; z is exp(−|x|) if it is known."""
     h = x.to(torch.promote_types(torch.promote_types(x.dtype, target.dtype), torch.float32))
     t = target.to(h.dtype)
     if label_smoothing:
         t = t * (1.0 - label_smoothing) + 0.5 * label_smoothing
     u = t if pos_weight is None else t * pos_weight.to(h.dtype)
     v = 1.0 - t
-    z = torch.exp(-h.abs())
+    if z is None:
+        z = torch.exp(-h.abs())
     inverse = 1.0 / (1.0 + z)
     against, along = torch.where(h >= 0.0, v, u), torch.where(h >= 0.0, u, v)
     loss = against * h.abs() + (against + along) * torch.log1p(z)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compiled import LOG2_E
 from ..op import Draw
 from . import activations, checks
 
@@ -71,7 +71,13 @@ def activated(z: Tensor, activation: Activation) -> Tensor:
 def pulled_back(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:
     """``dy · act'(z)`` in the dtype of z."""
     dy = dy.to(z.dtype)
-    (dz,) = torch.func.vjp(functools.partial(activated, activation=activation), z)[1](dy)
+    name, slope = activation
+    if name == "silu":
+        s = 1.0 / (1.0 + torch.exp2(z * -LOG2_E))  # the compiler would write a sigmoid, read twice, to memory
+        return dy * (s * (1.0 + z * (1.0 - s)))
+    if name in ("none", "relu"):
+        return dy.masked_fill(z <= 0.0, 0.0) if name == "relu" else dy
+    (dz,) = torch.func.vjp(lambda z: ACTIVATIONS[name](z, slope), z)[1](dy)
     return dz
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiled import LOG2_E
+
 
 def as_rows(x: Tensor) -> Tensor:
     """[N, C]: classes along another dim than the last are copied together."""
@@ -18,10 +20,11 @@ def as_rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(0, -2) if x.dim() > 1 else x[None]
 
 
-def scores(x: Tensor, ignored: Tensor, softcap: float | None) -> Tensor:
+def scores(x: Tensor, ignored: Tensor | None, softcap: float | None) -> Tensor:
     """The capped logits in float32 or wider, 0 where ignored: neither inf nor NaN there reaches a sum."""
     s = x.to(torch.promote_types(x.dtype, torch.float32))
-    s = s.masked_fill(ignored.unsqueeze(1 if x.dim() > 1 else 0), 0.0)
+    if ignored is not None:
+        s = s.masked_fill(ignored.unsqueeze(1 if x.dim() > 1 else 0), 0.0)
     return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
@@ -63,11 +66,14 @@ def reduced(losses: Tensor, weights: Tensor, reduction: str) -> Tensor:
 def loss_and_statistics(
     x: Tensor, target: Tensor, weight: Tensor | None, *, softcap: float | None, z_loss: float, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, max s, log Σ exp(s − max s)): log_softmax spelled out, for the statistics."""
+    """(loss, max s, log Σ exp(s − max s)): log_softmax spelled out, for the statistics.
+
+    Those of an ignored position are of its logits as they are, and may be NaN: only its loss is set to 0.
+    """
     classes = 1 if x.dim() > 1 else 0
-    s = scores(x, target == options["ignore_index"], softcap)
+    s = scores(x, None, softcap)
     peak = s.amax(classes, keepdim=True)
-    log_sum = (s - peak).exp().sum(classes, keepdim=True).log()
+    log_sum = torch.exp2((s - peak) * LOG2_E).sum(classes, keepdim=True).log()
     lse = (peak + log_sum).squeeze(classes) if z_loss else None
     loss = loss_of(s - peak - log_sum, lse, target, weight, z_loss=z_loss, **options)
     return loss, peak, log_sum

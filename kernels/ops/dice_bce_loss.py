@@ -11,6 +11,7 @@ segmentation_models.pytorch adds up over the samples of a batch first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +32,7 @@ def reference(
 ) -> Tensor:
     """Dice and binary cross-entropy in plain PyTorch: float32 (or wider) inside; pixels from dim 2 on, or dim 1."""
     h, t = _masks(x, target)
-    top, bottom = _overlap(h, t, smooth)
+    top, bottom = _overlap(torch.sigmoid(h), t, smooth)
     loss = dice_weight * ((bottom - top) / bottom)
     if bce_weight:
         loss = loss - bce_weight * (t * F.logsigmoid(h) + (1.0 - t) * F.logsigmoid(-h)).mean(-1)
@@ -44,9 +45,8 @@ def _masks(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype).flatten(_pixels(x)), target.to(dtype).flatten(_pixels(x))
 
 
-def _overlap(h: Tensor, t: Tensor, smooth: float) -> tuple[Tensor, Tensor]:
+def _overlap(p: Tensor, t: Tensor, smooth: float) -> tuple[Tensor, Tensor]:
     """The numerator and the denominator of Dice."""
-    p = torch.sigmoid(h)
     return 2.0 * (p * t).sum(-1) + smooth, p.sum(-1) + t.sum(-1) + smooth
 
 
@@ -172,10 +172,11 @@ def _with_overlap(
     x: Tensor, target: Tensor, *, reduction: str, dice_weight: float, bce_weight: float, smooth: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     h, t = _masks(x, target)
-    top, bottom = _overlap(h, t, smooth)
+    z = _exp(-h.abs())
+    top, bottom = _overlap(torch.where(h >= 0.0, 1.0, z) / (1.0 + z), t, smooth)
     loss = dice_weight * ((bottom - top) / bottom)
     if bce_weight:
-        loss = loss + bce_weight * loss_and_slope(h, t)[0].mean(-1)
+        loss = loss + bce_weight * loss_and_slope(h, t, z=z)[0].mean(-1)
     return reduced(loss, reduction).to(torch.promote_types(x.dtype, target.dtype)), top, bottom
 
 
@@ -194,11 +195,17 @@ def _gradient(
     """In closed form: autograd through the reference would add up the rows again."""
     h, t = _masks(x, target)
     top, bottom = top.unsqueeze(-1), bottom.unsqueeze(-1)
-    dx = dice_weight * ((top / bottom - 2.0 * t) / bottom) * (torch.sigmoid(h) * torch.sigmoid(-h))
+    z = _exp(-h.abs())
+    dx = dice_weight * ((top / bottom - 2.0 * t) / bottom) * (z / (1.0 + z).square())
     if bce_weight:
-        dx = dx + bce_weight / h.shape[-1] * loss_and_slope(h, t)[1]
+        dx = dx + bce_weight / h.shape[-1] * loss_and_slope(h, t, z=z)[1]
     grad = (grad.unsqueeze(-1) if grad.dim() else grad).to(dx.dtype)
     return (dx * (grad / top.numel() if reduction == "mean" else grad)).view(x.shape).to(x.dtype)
+
+
+def _exp(h: Tensor) -> Tensor:
+    """The exponential, by way of exp2: the compiler would write the result of exp to memory if it is read twice."""
+    return torch.exp2(h * math.log2(math.e))
 
 
 def _aten(

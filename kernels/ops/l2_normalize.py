@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..autograd import fused, vjp
+from ..autograd import Gradients, fused, vjp
+from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 from . import checks
 
@@ -24,13 +25,16 @@ from . import checks
 def reference(x: Tensor, *, eps: float, smooth: bool) -> Tensor:
     """L2 normalization over the last dim in plain PyTorch: float32 (or wider) inside."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide / _divisor(wide, eps, smooth)).to(x.dtype)
+
+
+def _divisor(wide: Tensor, eps: float, smooth: bool) -> Tensor:
     squares = wide.square().sum(-1, keepdim=True)
     if smooth:
-        return (wide / (squares + eps).sqrt()).to(x.dtype)
+        return (squares + eps).sqrt()
     short = squares.detach().sqrt() <= eps
     # The root of a row that is too short is not taken at all: at 0 it has no derivative, and 0·∞ is NaN.
-    length = torch.where(short, eps, torch.where(short, 1.0, squares).sqrt())
-    return (wide / length).to(x.dtype)
+    return torch.where(short, eps, torch.where(short, 1.0, squares).sqrt())
 
 
 def l2_normalize(x: Tensor, *, dim: int = -1, eps: float = 1e-12, smooth: bool = False) -> Tensor:
@@ -71,6 +75,35 @@ def _triton(x: Tensor, **options: Any) -> Tensor:
     return fused(kernels.forward, kernels.backward, vjp(reference), (x,), options)
 
 
+def _compiled(x: Tensor, **options: Any) -> Tensor:
+    return fused(_compiled_forward, _compiled_backward, vjp(reference), (x,), options)
+
+
+def _compiled_forward(x: Tensor, **options: Any) -> Any:
+    y, divisor = compiled_call(_with_divisor, (x,), options)
+    return y, (x, divisor)
+
+
+def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
+    return (compiled_call(_gradient, (*grads, *saved), options),)
+
+
+def _with_divisor(x: Tensor, *, eps: float, smooth: bool) -> tuple[Tensor, Tensor]:
+    """y and the divisor. Kept, it is worked out once for each row, and not for every few elements."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    divisor = _divisor(wide, eps, smooth)
+    return (wide / divisor).to(x.dtype), divisor
+
+
+def _gradient(dy: Tensor, x: Tensor, divisor: Tensor, *, eps: float, smooth: bool) -> Tensor:
+    """(dy − y·Σ dy·y) / divisor, and without the sum where the divisor is constant."""
+    y, g = x.to(divisor.dtype) / divisor, dy.to(divisor.dtype)
+    along = (g * y).sum(-1, keepdim=True)
+    if not smooth:
+        along = along.masked_fill(divisor <= eps, 0.0)
+    return ((g - y * along) / divisor).to(x.dtype)
+
+
 def _aten(x: Tensor, *, dim: int = -1, eps: float = 1e-12, smooth: bool = False) -> Tensor:
     if smooth:
         return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + eps).to(x.dtype)
@@ -100,7 +133,7 @@ L2_NORMALIZE = Op(
     replaces="`F.normalize`; with `smooth=True` the l2norm of Gated DeltaNet",
     fn=l2_normalize,
     reference=reference,
-    impls={"triton": _triton},
+    impls={"triton": _triton, "compile": _compiled},
     inputs=_inputs,
     dims={"N": (0, 1, 2, 5, 129), "D": (1, 31, 32, 33, 127, 129, 1023, 1025, 16_384, 16_385)},
     # Queries or keys of Gated DeltaNet, 32 heads of 128; embeddings of a contrastive batch.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import Gradients, fused, vjp
-from ..compiled import compiled_call
+from ..compiled import LOG2_E, compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 from . import checks
 
@@ -72,24 +72,58 @@ def _triton(x: Tensor) -> Tensor:
     return fused(kernels.forward, kernels.backward, vjp(reference), (x,), {})
 
 
+#: Longer rows are ATen's forward: of bfloat16 [512, 50304] in 0.93 of the time.
+LONGEST = 8192
+
+
 def _compiled(x: Tensor) -> Tensor:
     if x.dtype == torch.float32:
         # ATen's kernels: at the sizes below 0.57 to 0.88 of the compiled form's time, on two cores of an EPYC.
         return torch.log_softmax(x, -1)
+    if x.shape[-1] > LONGEST:
+        return fused(_atens_forward, _recomputing_backward, vjp(reference), (x,), {})
     return fused(_compiled_forward, _compiled_backward, vjp(reference), (x,), {})
 
 
-def _compiled_forward(x: Tensor) -> tuple[Tensor, Any]:
+def _atens_forward(x: Tensor) -> tuple[Tensor, Any]:
     return torch.log_softmax(x, -1), (x,)  # in float32 inside too, and rounded once
+
+
+def _recomputing_backward(grads: Any, saved: Any, needs: Any) -> Gradients:
+    return (compiled_call(_recomputing_gradient, (*grads, *saved), {}),)
+
+
+def _recomputing_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dy − p·Σ dy."""
+    p = torch.softmax(x.to(torch.promote_types(x.dtype, torch.float32)), -1)
+    g = dy.to(p.dtype)
+    return (g - p * g.sum(-1, keepdim=True)).to(x.dtype)
+
+
+def _compiled_forward(x: Tensor) -> tuple[Tensor, Any]:
+    y, *statistics = compiled_call(_with_statistics, (x,), {})
+    return y, (x, *statistics)
 
 
 def _compiled_backward(grads: Any, saved: Any, needs: Any) -> Gradients:
     return (compiled_call(_gradient, (*grads, *saved), {}),)
 
 
-def _gradient(dy: Tensor, x: Tensor) -> Tensor:
+def _with_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, max x, log Σ exp(x − max x)).
+
+    The statistics spare the backward pass two sums over each row: bfloat16 [16384, 32] takes it 0.22 ms for 0.56, on
+    one core of an EPYC.
+    """
+    s = x.to(torch.promote_types(x.dtype, torch.float32))
+    peak = s.amax(-1, keepdim=True)
+    log_sum = torch.exp2((s - peak) * LOG2_E).sum(-1, keepdim=True).log()
+    return (s - peak - log_sum).to(x.dtype), peak, log_sum
+
+
+def _gradient(dy: Tensor, x: Tensor, peak: Tensor, log_sum: Tensor) -> Tensor:
     """dy − p·Σ dy."""
-    p = torch.softmax(x.to(torch.promote_types(x.dtype, torch.float32)), -1)
+    p = torch.exp2((x.to(peak.dtype) - peak - log_sum) * LOG2_E)
     g = dy.to(p.dtype)
     return (g - p * g.sum(-1, keepdim=True)).to(x.dtype)
 

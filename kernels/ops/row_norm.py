@@ -31,8 +31,7 @@ def add_reference(x: Tensor, residual: Tensor, *others: Tensor | None, **options
 
     u is x, times a gate, with dropout. ``others`` are weight, bias, gate and seed.
     """
-    y, h, _, _ = _forward(x, residual, *others, **options)
-    return y, h
+    return _forward(x, residual, *others, **options)[:2]
 
 
 def _forward(
@@ -48,20 +47,21 @@ def _forward(
     center: bool,
     threshold: int = 0,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(y, h, the means of the rows of h or None, their sums of squares about them)."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """(y, h, the means of the rows of h or None, their sums of squares about them, their 1/√(…))."""
     h = x
     if residual is not None:
         branch = _branch(x, gate, seed, threshold, scale)
         h = (branch + residual).to(torch.promote_types(x.dtype, residual.dtype))
     n = h.to(torch.promote_types(h.dtype, torch.float32))
     mean, squares = _moments(n, center)
-    y = (n if mean is None else n - mean) * _rstd(squares, n, eps)
+    rstd = _rstd(squares, n, eps)
+    y = (n if mean is None else n - mean) * rstd
     if weight is not None:
         y = y * (weight.to(n.dtype) + weight_offset)
     if bias is not None:
         y = y + bias.to(n.dtype)
-    return y.to(x.dtype), h, mean, squares
+    return y.to(x.dtype), h, mean, squares, rstd
 
 
 def statistics(n: Tensor, *, eps: float, center: bool) -> tuple[Tensor | None, Tensor]:
@@ -95,27 +95,67 @@ def compiled(*tensors: Tensor | None, **options: Any) -> Any:
     return fused(_compiled_forward, _compiled_backward, _second, tensors, options)
 
 
+#: Bytes of rows that a cache is sure to hold until they are read again.
+SMALL = 4 * 2**20
+
+
 def _compiled_forward(x: Tensor, residual: Tensor | None, *others: Tensor | None, **options: Any) -> Any:
-    weight, bias, gate, seed = others
-    operands = [t for t in (x, residual, weight, bias) if t is not None]
-    affine = all(t is None or t.dim() == 1 for t in (weight, bias))  # one row for all, as ATen takes it
-    alone = options["center"] and affine and gate is None and seed is None
-    if alone and all(t.dtype == torch.float32 for t in operands):
-        # ATen's kernel reads a row once for both its moments; in other dtypes compiled code is faster.
+    weight, bias, gate, _ = others
+    squares = None
+    if _atens(x, residual, *others, **options):
         h = x if residual is None else x + residual
         y, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], weight, bias, options["eps"])
-        squares = None
+    elif options["center"] or x.dtype.itemsize < 4 or x.nbytes <= SMALL:
+        y, h, mean, rstd = compiled_call(_keeping_rstd, (x, residual, *others), options)
     else:
-        # The sum as it is, and not 1/√(…) of it: that would be a loop of its own, after which rows are read once more.
-        y, h, mean, squares = compiled_call(_forward, (x, residual, *others), options)
+        y, h, mean, squares = compiled_call(_keeping_squares, (x, residual, *others), options)
         rstd = None
-    saved = (x if residual is None else h, weight, bias, mean, rstd, None if gate is None else x, gate, seed, squares)
+    saved = (x if residual is None else h, weight, bias, mean, rstd, None if gate is None else x, *others[2:], squares)
     return (y if residual is None else (y, h)), saved
+
+
+def _atens(x: Tensor, residual: Tensor | None, *others: Tensor | None, center: bool, **_: Any) -> bool:
+    """Whether it is ATen's LayerNorm, in float32.
+
+    On one core of an EPYC, forward and backward, it took 1.5 ms for [2048, 1024], compiled code 2.0 ms. In bfloat16 it
+    took 2.1 ms, compiled code 1.3 ms.
+    """
+    weight, bias, gate, seed = others
+    if not center or gate is not None or seed is not None:
+        return False
+    operands = [t for t in (x, residual, weight, bias) if t is not None]
+    # One row of parameters for all rows, as ATen takes them.
+    return all(t.dtype == torch.float32 for t in operands) and all(t is None or t.dim() == 1 for t in (weight, bias))
+
+
+def _keeping_rstd(x: Tensor, *others: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(y, h, mean, 1/√(…)): a loop of its own for 1/√(…), after which rows are read once more.
+
+    On one core of an EPYC, RMSNorm of bfloat16 [2048, 1024] took 0.21 ms for the 0.32 of :func:`_keeping_squares`.
+    """
+    y, h, mean, _, rstd = _forward(x, *others, **options)
+    return y, h, mean, rstd
+
+
+def _keeping_squares(x: Tensor, *others: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(y, h, mean, squares): rows are read once, but 1/√(…) is worked out for every few elements.
+
+    That is hidden behind reading large float32 rows: of [16384, 4096] it took 120 ms for 126.
+    """
+    return _forward(x, *others, **options)[:4]
 
 
 def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
     dy, dh_out = grads if len(grads) == 2 else (*grads, None)
     *saved, squares = saved
+    h, weight, bias, mean, rstd, _, gate, seed = saved
+    if dy.dtype == h.dtype and _atens(h, dh_out, weight, bias, gate, seed, **options):
+        dh, *dshared = torch.ops.aten.native_layer_norm_backward(
+            dy, h, h.shape[-1:], mean, rstd, weight, bias, [needs[0] or needs[1], *needs[2:4]]
+        )
+        if dh is not None and dh_out is not None:
+            dh.add_(dh_out)
+        return dh, dh, *dshared, None, None
     if squares is not None:
         saved[4] = _rstd(squares, saved[0], options["eps"])
     dx, dh, *dshared = compiled_call(gradients, (dy, dh_out, *saved), {"needs": needs[:5], **options})

@@ -206,11 +206,12 @@ def _second(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
 def _gradient(dy: Tensor, y: Tensor, mask: Tensor | None, *, scale: float, causal: bool, softcap: None) -> Tensor:
     """The gradient of x in terms of y, which carries its own graph; y comes rounded, p sums to 1."""
     p = y.to(torch.promote_types(y.dtype, torch.float32))
-    p = p / p.sum(-1, keepdim=True)
     dropped = _dropped(y, mask, causal)
     if dropped is not None:
         dy = dy.masked_fill(dropped, 0.0)
-    ds = p * (dy - (dy * p).sum(-1, keepdim=True))
+    # Both sums are of what is read, so that one loop over the row finds them.
+    inverse, along = 1.0 / p.sum(-1, keepdim=True), (dy * p).sum(-1, keepdim=True)
+    ds = p * inverse * (dy - along * inverse)
     if dropped is not None:
         ds = ds.masked_fill(dropped, 0.0)
     return (scale * ds).to(y.dtype)
