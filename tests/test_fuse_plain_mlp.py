@@ -42,9 +42,9 @@ class Statements(Base):
 class Squared(nn.Module):
     """The second child comes first."""
 
-    def __init__(self):
+    def __init__(self, out=7):
         super().__init__()
-        self.w2, self.w1 = nn.Linear(40, 7, bias=False), nn.Linear(12, 40, bias=False)
+        self.w2, self.w1 = nn.Linear(40, out, bias=False), nn.Linear(12, 40, bias=False)
 
     def forward(self, x):
         return self.w2(torch.relu(self.w1(x)) ** 2)
@@ -54,7 +54,13 @@ def sequential():
     return nn.Sequential(nn.Linear(12, 40), nn.SiLU(), nn.Linear(40, 12), nn.Dropout(0.0))
 
 
-KINDS = {"modules": Base, "statements": Statements, "squared": Squared, "sequential": sequential}
+KINDS = {
+    "modules": Base,
+    "statements": Statements,
+    "another width": Squared,
+    "the second first": lambda: Squared(12),
+    "sequential": sequential,
+}
 
 
 def step(model, x):

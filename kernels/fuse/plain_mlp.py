@@ -65,6 +65,7 @@ class PlainMLP(Joint):
         module = sample.module
         linear: dict[str, Any] = {name: child for name, child in module.named_children() if _linear(child)}
         others = {name: child for name, child in module.named_children() if name not in linear}
+        failure = None
         with torch.no_grad(), Exactly():
             for first, second in itertools.permutations(linear):
                 if linear[first].out_features != linear[second].in_features:
@@ -74,7 +75,8 @@ class PlainMLP(Joint):
                 try:
                     y = own_forward(module)(module, x.clone())
                 except Exception as error:
-                    raise Refused(f"it does not take [batch, sequence, features]: {error}") from error
+                    failure = error
+                    continue
                 for activation in ACTIVATIONS:
                     expected = linear[second](ACTIVATIONS[activation](linear[first](x)))
                     if not isinstance(y, Tensor) or y.shape != expected.shape:
@@ -84,6 +86,8 @@ class PlainMLP(Joint):
                         between, behind = (tuple(n for n, p in places.items() if p == at) for at in _PLACES)
                         rest = tuple((n, type(one)) for n, one in others.items() if n not in (*between, *behind))
                         return cls(first, second, activation, between, behind, rest)
+        if failure is not None:
+            raise Refused(f"it does not take [batch, sequence, features]: {failure}")
         return None
 
     def members(self, original: type) -> dict[str, Any]:
