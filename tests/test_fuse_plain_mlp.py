@@ -263,15 +263,21 @@ def t5(transformers):
     return transformers.models.t5.modeling_t5.T5DenseActDense(config)
 
 
+def gpt2(transformers):
+    config = transformers.GPT2Config(n_embd=12, n_inner=40, resid_pdrop=0.1)
+    return transformers.models.gpt2.modeling_gpt2.GPT2MLP(40, config)
+
+
 @pytest.mark.parametrize(
     ("library", "make"),
     [
+        ("transformers", gpt2),
         ("transformers", clip),
         ("transformers", t5),
         ("timm", lambda timm: timm.layers.Mlp(12, 40, drop=0.1)),
         ("torchvision", lambda tv: tv.models.vision_transformer.MLPBlock(12, 40, 0.1)),
     ],
-    ids=["CLIP", "T5", "timm", "torchvision"],
+    ids=["GPT-2", "CLIP", "T5", "timm", "torchvision"],
 )
 def test_those_of_libraries_are_found(library, make):
     torch.manual_seed(0)
