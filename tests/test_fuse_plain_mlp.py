@@ -42,9 +42,9 @@ class Statements(Base):
 class Squared(nn.Module):
     """The second child comes first."""
 
-    def __init__(self):
+    def __init__(self, out=7):
         super().__init__()
-        self.w2, self.w1 = nn.Linear(40, 7, bias=False), nn.Linear(12, 40, bias=False)
+        self.w2, self.w1 = nn.Linear(40, out, bias=False), nn.Linear(12, 40, bias=False)
 
     def forward(self, x):
         return self.w2(torch.relu(self.w1(x)) ** 2)
@@ -54,7 +54,13 @@ def sequential():
     return nn.Sequential(nn.Linear(12, 40), nn.SiLU(), nn.Linear(40, 12), nn.Dropout(0.0))
 
 
-KINDS = {"modules": Base, "statements": Statements, "squared": Squared, "sequential": sequential}
+KINDS = {
+    "modules": Base,
+    "statements": Statements,
+    "another width": Squared,
+    "the second first": lambda: Squared(12),
+    "sequential": sequential,
+}
 
 
 def step(model, x):
@@ -257,15 +263,21 @@ def t5(transformers):
     return transformers.models.t5.modeling_t5.T5DenseActDense(config)
 
 
+def gpt2(transformers):
+    config = transformers.GPT2Config(n_embd=12, n_inner=40, resid_pdrop=0.1)
+    return transformers.models.gpt2.modeling_gpt2.GPT2MLP(40, config)
+
+
 @pytest.mark.parametrize(
     ("library", "make"),
     [
+        ("transformers", gpt2),
         ("transformers", clip),
         ("transformers", t5),
         ("timm", lambda timm: timm.layers.Mlp(12, 40, drop=0.1)),
         ("torchvision", lambda tv: tv.models.vision_transformer.MLPBlock(12, 40, 0.1)),
     ],
-    ids=["CLIP", "T5", "timm", "torchvision"],
+    ids=["GPT-2", "CLIP", "T5", "timm", "torchvision"],
 )
 def test_those_of_libraries_are_found(library, make):
     torch.manual_seed(0)

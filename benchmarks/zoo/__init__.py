@@ -76,7 +76,7 @@ def _models(found: Iterable[Record]) -> Table:
     table = Table(title="Joints swapped of those counted; differences from the unfused model, float64 and float32")
     kinds = {"norm": "norm", "gated mlp": "gated", "rope": "rope", "batch norm and activation": "BN→act"}
     kinds |= {"group norm and activation": "GN→act", "residual tail": "tail", "dropout and sum": "drop+"}
-    kinds |= {"modulated norm": "mod", "gated sum": "gate"}
+    kinds |= {"modulated norm": "mod", "gated sum": "gate", "plain mlp, offered": "mlp?"}
     table.add_column("model", no_wrap=True)
     for header in (*kinds.values(), "all fused", "left", "output", "gradient", "output f32", "gradient f32"):
         table.add_column(header, justify="right", no_wrap=True)

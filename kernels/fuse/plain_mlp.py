@@ -22,14 +22,17 @@ from ..ops.activations import ACTIVATIONS
 from ..ops.mlp import mlp
 from .gated_mlp import LARGEST_COPY
 from .joint import Joint, fused_class, own_forward, takes
-from .sample import Draw, Exactly, Refused, Sample
+from .sample import Draw, Exactly, Refused, Sample, transposed
 from .savings import Counted, Measure
 from .sites import hooked
 
 
 @dataclass(frozen=True)
 class PlainMLP(Joint):
-    """The names of the two linear children, and of the dropouts between and behind them; of others their classes."""
+    """The names and the class of the two linear children, and the dropouts between and behind them.
+
+    Of other children their names and classes.
+    """
 
     hint: ClassVar[str] = "mlp"
     operator: ClassVar[str] = "mlp"  # type: ignore[misc]
@@ -37,6 +40,7 @@ class PlainMLP(Joint):
     offer: ClassVar[str] = "keeps less and multiplies once more"
     first: str
     second: str
+    layer: type
     activation: str
     between: tuple[str, ...]
     behind: tuple[str, ...]
@@ -45,8 +49,9 @@ class PlainMLP(Joint):
     @classmethod
     def suits(cls, module: nn.Module) -> bool:
         """Two linear children, one of which takes what the other gives, and nothing else that has parameters."""
-        linear: list[Any] = [child for child in module.children() if _linear(child)]
-        if len(linear) != 2 or all(a.out_features != b.in_features for a, b in itertools.permutations(linear)):
+        linear = [child for child in module.children() if _linear(child)]
+        chained = any(_shape(a)[1] == _shape(b)[0] for a, b in itertools.permutations(linear, 2))
+        if len(linear) != 2 or type(linear[0]) is not type(linear[1]) or not chained:
             return False
         inside = sum(1 for one in linear for _ in one.parameters())
         return sum(1 for _ in module.parameters()) == inside and not any(True for _ in module.buffers())
@@ -54,8 +59,7 @@ class PlainMLP(Joint):
     @classmethod
     def sizes(cls, module: nn.Module) -> Sequence[dict[int, int] | None]:
         """Small ones of the same proportions; if the module insists on its own sizes and is not large, those."""
-        linear: list[Any] = [child for child in module.children() if _linear(child)]
-        features = {n for one in linear for n in (one.in_features, one.out_features)}
+        features = {n for child in module.children() if _linear(child) for n in _shape(child)}
         small = {n: min(24 * n // min(features), 384) for n in features}
         return (small, {}) if sum(p.numel() for p in module.parameters()) <= LARGEST_COPY else (small,)
 
@@ -65,16 +69,18 @@ class PlainMLP(Joint):
         module = sample.module
         linear: dict[str, Any] = {name: child for name, child in module.named_children() if _linear(child)}
         others = {name: child for name, child in module.named_children() if name not in linear}
+        failure = None
         with torch.no_grad(), Exactly():
             for first, second in itertools.permutations(linear):
-                if linear[first].out_features != linear[second].in_features:
+                if _shape(linear[first])[1] != _shape(linear[second])[0]:
                     continue
-                x = sample.randn(2, 5, linear[first].in_features)
+                x = sample.randn(2, 5, _shape(linear[first])[0])
                 module.eval()
                 try:
                     y = own_forward(module)(module, x.clone())
                 except Exception as error:
-                    raise Refused(f"it does not take [batch, sequence, features]: {error}") from error
+                    failure = error
+                    continue
                 for activation in ACTIVATIONS:
                     expected = linear[second](ACTIVATIONS[activation](linear[first](x)))
                     if not isinstance(y, Tensor) or y.shape != expected.shape:
@@ -83,7 +89,9 @@ class PlainMLP(Joint):
                         places = {name: _place(module, name, x, y) for name, one in others.items() if _drops(one)}
                         between, behind = (tuple(n for n, p in places.items() if p == at) for at in _PLACES)
                         rest = tuple((n, type(one)) for n, one in others.items() if n not in (*between, *behind))
-                        return cls(first, second, activation, between, behind, rest)
+                        return cls(first, second, type(linear[first]), activation, between, behind, rest)
+        if failure is not None:
+            raise Refused(f"it does not take [batch, sequence, features]: {failure}")
         return None
 
     def members(self, original: type) -> dict[str, Any]:
@@ -98,14 +106,15 @@ class PlainMLP(Joint):
             x, fc1, fc2 = args[0], getattr(self, first), getattr(self, second)
             idle = all(_idle(getattr(self, name)) for name in between)
             same = all(type(getattr(self, name)) is cls and not hooked(getattr(self, name)) for name, cls in others)
-            if not idle or not same or not all(_plain(one, x) for one in (fc1, fc2)):
+            if not idle or not same or not all(_plain(one, layer, x) for one in (fc1, fc2)):
                 return own(self, x)
-            y = mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=activation)
+            w1, w2 = (one.weight if layer is nn.Linear else one.weight.mT for one in (fc1, fc2))
+            y = mlp(x, w1, fc1.bias, w2, fc2.bias, activation=activation)
             for name in behind:
                 y = getattr(self, name)(y)
             return y
 
-        first, second, activation = self.first, self.second, self.activation
+        first, second, layer, activation = self.first, self.second, self.layer, self.activation
         return {"forward": forward}
 
     def trial(self, sample: Sample) -> tuple[nn.Module, nn.Module]:
@@ -119,7 +128,7 @@ class PlainMLP(Joint):
 
     def draws(self, sample: Sample) -> list[Draw]:
         """Scales on both sides of the activation's bend."""
-        width = getattr(sample.module, self.first).in_features
+        width = _shape(getattr(sample.module, self.first))[0]
         return [
             Draw("an ordinary", (sample.randn(2, 5, width),)),
             Draw("a small", (0.05 * sample.randn(2, 5, width),)),
@@ -130,27 +139,31 @@ class PlainMLP(Joint):
     def counted(self, sample: Sample) -> Counted:
         """An element between the layers."""
         counted = super().counted(sample)
-        return counted._replace(elements=10 * getattr(sample.module, self.first).out_features)
+        return counted._replace(elements=10 * _shape(getattr(sample.module, self.first))[1])
 
     def measure(self, module: nn.Module) -> Measure:
         """What is between the layers, of one token."""
-        return Measure("token", getattr(module, self.first).out_features)
+        return Measure("token", _shape(getattr(module, self.first))[1])
 
 
 _PLACES = ("between", "behind")
 
 
 def _linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear  # not with an adapter, a parametrization, or weights of another kind
+    return type(module) is nn.Linear or transposed(module)  # not with an adapter, or a parametrization
 
 
-def _plain(linear: Any, x: Tensor) -> bool:
+def _shape(linear: Any) -> tuple[int, int]:
+    """(features in, features out)."""
+    return (linear.in_features, linear.out_features) if isinstance(linear, nn.Linear) else (linear.nx, linear.nf)
+
+
+def _plain(linear: Any, layer: type, x: Tensor) -> bool:
     """Whether calling the layer only multiplies by a parameter of x's dtype, or of one that autocast makes it."""
-    if not _linear(linear) or hooked(linear):
-        return False
-    parameters = [p for p in (linear.weight, linear.bias) if p is not None]
     cast = torch.is_autocast_enabled(x.device.type)
-    return all(takes(p) and (cast or p.dtype == x.dtype) for p in parameters)
+    parameters = (p for p in (getattr(linear, name, None) for name in ("weight", "bias")) if p is not None)
+    own = type(linear) is layer and not hooked(linear)
+    return own and all(takes(p) and (cast or p.dtype == x.dtype) for p in parameters)
 
 
 def _drops(module: nn.Module) -> bool:

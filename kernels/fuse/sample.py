@@ -69,7 +69,7 @@ class Sample:
             hooks = (value for name, value in vars(part).items() if "hooks" in name and isinstance(value, dict))
             memo |= {id(value): OrderedDict() for value in hooks}
         for part in inside:
-            shrunk = sizes if isinstance(part, nn.Linear) else {}
+            shrunk = sizes if isinstance(part, nn.Linear) or transposed(part) else {}
             memo |= {id(p): self._draw(p, shrunk) for p in part.parameters(recurse=False)}
             memo |= {id(b): self._buffer(b) for b in part.buffers(recurse=False)}
         try:
@@ -77,7 +77,7 @@ class Sample:
         except Exception as error:
             raise Refused(f"it cannot be copied: {error}") from error
         for part in sample.modules():
-            for name in ("in_features", "out_features"):
+            for name in ("in_features", "out_features", "nx", "nf"):
                 size = getattr(part, name, None)
                 if isinstance(size, int) and size in sizes:
                     setattr(part, name, sizes[size])
@@ -99,6 +99,13 @@ class Sample:
         if buffer.is_floating_point():
             return 1.0 + self.randn(*buffer.shape).abs()
         return torch.zeros_like(buffer, device=self.device) if buffer.is_meta else buffer.clone()
+
+
+def transposed(module: nn.Module) -> bool:
+    """Whether it looks like a linear layer whose weight is [in, out], as those of GPT-2: with an nx and an nf."""
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    sizes = getattr(module, "nx", None), getattr(module, "nf", None)
+    return shapes == {"weight": sizes, "bias": sizes[1:]}
 
 
 def kind(module: nn.Module) -> Hashable:
