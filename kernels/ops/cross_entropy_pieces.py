@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: exp(x) = exp2(x·LOG2_E): on the CPU exp2 takes less time than exp, and the compiler, which writes the result of exp to
-#: memory if it is read twice, leaves it in registers.
+#: exp(x) = exp2(x·LOG2_E): on the CPU exp2 takes less time than exp, and the compiler, which writes what exp gave to
+#: memory if it is read twice, keeps this in registers.
 LOG2_E = math.log2(math.e)
 
 

@@ -117,9 +117,9 @@ def _compiled_forward(x: Tensor, residual: Tensor | None, *others: Tensor | None
 def _atens(x: Tensor, residual: Tensor | None, *others: Tensor | None, center: bool, **_: Any) -> bool:
     """Whether ATen's LayerNorm runs forward: in float32 it reads a row once for both its moments.
 
-    On one core of an EPYC [4096, 4096] took 30 ms, compiled code 33. In bfloat16, [2048, 1024], it took 0.66 ms, compiled
-    code 0.34. Its backward pass took 0.96 ms for compiled code's 1.32, float32 [2048, 1024], but adds the gradients of
-    the parameters up one row after the other: with some hundred rows that is over the error budget.
+    On one core of an EPYC [4096, 4096] took 30 ms, compiled code 33. In bfloat16, [2048, 1024], it took 0.66 ms,
+    compiled code 0.34. Its backward pass took 0.96 ms for compiled code's 1.32, float32 [2048, 1024], but adds the
+    gradients of the parameters up one row after the other: with some hundred rows that is over the error budget.
     """
     weight, bias, gate, seed = others
     if not center or gate is not None or seed is not None:
@@ -129,7 +129,7 @@ def _atens(x: Tensor, residual: Tensor | None, *others: Tensor | None, center: b
     return all(t.dtype == torch.float32 for t in operands) and all(t is None or t.dim() == 1 for t in (weight, bias))
 
 
-def _keeping_rstd(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def _keeping_rstd(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """(y, h, mean, 1/√(…)): a loop of its own for 1/√(…), after which rows are read once more.
 
     On one core of an EPYC, RMSNorm of bfloat16 [2048, 1024] took 0.21 ms for the 0.32 of :func:`_keeping_squares`.
@@ -138,7 +138,7 @@ def _keeping_rstd(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tens
     return y, h, mean, rstd
 
 
-def _keeping_squares(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def _keeping_squares(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """(y, h, mean, squares): rows are read once, but 1/√(…) is worked out for every few elements.
 
     That is hidden behind reading large float32 rows: of [16384, 4096] it took 120 ms for 126.
