@@ -11,7 +11,6 @@ segmentation_models.pytorch adds up over the samples of a batch first.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +24,7 @@ from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks
 from .binary_losses import loss_and_slope, reduced
+from .cross_entropy_pieces import LOG2_E
 
 
 def reference(
@@ -205,7 +205,7 @@ def _gradient(
 
 def _exp(h: Tensor) -> Tensor:
     """The exponential, by way of exp2: the compiler would write the result of exp to memory if it is read twice."""
-    return torch.exp2(h * math.log2(math.e))
+    return torch.exp2(h * LOG2_E)
 
 
 def _aten(
