@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..op import Draw
 from . import checks
-from .cross_entropy_pieces import LOG2_E
 
 #: What may follow a normalization.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,7 +47,7 @@ def pulled_back(dy: Tensor, z: Tensor, activation: str) -> Tensor:
     """``dy · act'(z)`` in the dtype of z."""
     dy = dy.to(z.dtype)
     if activation == "silu":
-        s = 1.0 / (1.0 + torch.exp2(z * -LOG2_E))  # the compiler would write a sigmoid, read twice, to memory
+        s = torch.sigmoid(z)
         return dy * (s * (1.0 + z * (1.0 - s)))
     return dy.masked_fill(z <= 0.0, 0.0) if activation == "relu" else dy
 
