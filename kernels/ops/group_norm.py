@@ -173,16 +173,16 @@ def _compiled_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, **o
         # Nothing to convert: compiled, this would be the same two passes, and [2, 1280, 256] took 0.40 ms for 0.30.
         y, *statistics = _with_statistics(*tensors, **options)
     else:
-        y, *statistics = compiled_call(_with_statistics, tensors, options)
+        y, *statistics = compiled_call(_with_scale_and_shift, tensors, options)
     return y, (x, weight, bias, *statistics)
 
 
 def _compiled_backward(grads: Any, saved: Any, needs: Any, *, activation: Activation, **_: Any) -> Gradients:
-    x, weight, bias, *statistics = saved
-    # Before the rest: the compiler would write z to memory if it had to compute them first.
-    affine = compiled_call(_scale_and_shift, (weight, bias, *statistics), {"channels": x.shape[1]})
+    x, weight, bias, mean, rstd, *affine = saved
+    # Not of the call below: the compiler would write z to memory if it had to compute them first.
+    affine = affine or compiled_call(_scale_and_shift, (weight, bias, mean, rstd), {"channels": x.shape[1]})
     options = {"needs": tuple(needs), "activation": activation}
-    return compiled_call(_gradients, (dense(grads[0]), dense(x), weight, bias, *statistics, *affine), options)
+    return compiled_call(_gradients, (dense(grads[0]), dense(x), weight, bias, mean, rstd, *affine), options)
 
 
 def _with_statistics(
@@ -193,6 +193,11 @@ def _with_statistics(
     wide_weight, wide_bias = (None if t is None else t.to(wide.dtype) for t in (weight, bias))
     z, mean, rstd = torch.native_group_norm(wide, wide_weight, wide_bias, *_sizes(x), num_groups, eps)
     return activated(z, activation).to(x.dtype), mean, rstd
+
+
+def _with_scale_and_shift(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+    y, *statistics = _with_statistics(x, weight, bias, **options)
+    return y, *statistics, *_scale_and_shift(weight, bias, *statistics, channels=x.shape[1])
 
 
 def _scale_and_shift(
