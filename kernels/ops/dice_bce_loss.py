@@ -20,11 +20,10 @@ from torch import Tensor
 
 from .. import dispatch, sharding
 from ..autograd import Gradients, fused, vjp
-from ..compiled import compiled_call
+from ..compiled import LOG2_E, compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks
 from .binary_losses import loss_and_slope, reduced
-from .cross_entropy_pieces import LOG2_E
 
 
 def reference(
