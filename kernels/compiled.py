@@ -72,6 +72,14 @@ def uncompiled(launch: Callable[..., Any]) -> Iterator[None]:
         _launch = None
 
 
+def plain_call(function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Any:
+    """What :func:`compiled_call` does, of a function that has nothing to gain from the compiler: as it is."""
+    if _launch is not None:
+        return compiled_call(function, tensors, options)
+    with torch.no_grad():
+        return function(*tensors, **options)
+
+
 def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Any:
     """``function(*tensors, **options)``, compiled, with no record for autograd; the options become constants."""
     if _launch is not None:

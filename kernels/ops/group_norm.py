@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import Gradients, fused, vjp
-from ..compiled import compiled_call
+from ..compiled import compiled_call, plain_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 from .channel_norm import (
     Activation,
@@ -171,7 +171,7 @@ def _compiled_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, **o
     tensors = (dense(x), weight, bias)
     if x.is_contiguous() and all(t is None or t.dtype == torch.float32 for t in tensors):
         # Nothing to convert: compiled, this would be the same two passes, and [2, 1280, 256] took 0.40 ms for 0.30.
-        y, *statistics = _with_statistics(*tensors, **options)
+        y, *statistics = plain_call(_with_statistics, tensors, options)
     else:
         y, *statistics = compiled_call(_with_scale_and_shift, tensors, options)
     return y, (x, weight, bias, *statistics)
