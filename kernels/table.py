@@ -33,8 +33,8 @@ PREFACE = """# Operators
 `python -m braze.kernels --table > docs/operators.md` writes this page from the operators themselves.
 
 Bytes are those that the Triton kernels move in the interpreter, over the least possible, for the plain call and in
-brackets for the worst variant (`python -m braze.benchmarks kernels --target sm_90`). Times are geometric means over the
-operator's benchmark sizes, above 1 where braze is faster
+brackets for the worst variant (`python -m braze.benchmarks kernels --json benchmarks/results/kernels.json`). Times are
+geometric means over the operator's benchmark sizes, above 1 where braze is faster
 (`python -m braze.benchmarks ops --device cpu --json benchmarks/results/ops-cpu.json`, {machine}).
 On a GPU: not measured yet. A dash is what there is not, or what was not measured. Every operator that computes in
 floating point takes float64 too, in the plain form, and mixed dtypes of activations and weights.
