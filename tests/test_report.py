@@ -229,6 +229,12 @@ def test_results_of_two_machines_are_kept_apart() -> None:
     assert not any("not measured yet" in what for _, what in contents.machines)
 
 
+def test_a_prediction_is_no_measurement() -> None:
+    predicted = {"op": "glu", "provider": "triton", "measure": "prediction", "device": "a GPU, assumed"}
+    contents = gather(files([record(2.0, 1.5, 2.5), {"benchmark": "kernels", "predicted_us": 9.0, **predicted}]))
+    assert [machine for machine, _ in contents.machines] == ["CPU: a processor, 1 thread, torch 2.11", "GPU"]
+
+
 def test_what_is_not_measured_names_the_command_that_measures_it() -> None:
     contents = gather([])
     text, summary = page.render(contents), markdown.render(contents)

@@ -10,7 +10,7 @@ from . import comparisons as compared
 from .columns import Column, present
 from .comparisons import Comparison, Standing
 from .figures import Figure, grouped
-from .results import Age, ResultFile, age
+from .results import Age, ResultFile, age, measured
 from .sections import NOT_SHOWN, Section, sections
 from .summaries import Means, operator_means
 
@@ -99,11 +99,10 @@ def _introduction(lines: Sequence[FileLine]) -> str:
 
 
 def _machines(files: Sequence[ResultFile]) -> list[tuple[str, str]]:
-    measured: dict[str, dict[str, None]] = {}
-    for one in files:
-        for record in one.records:
-            measured.setdefault(record["machine"], {})[str(record["benchmark"])] = None
-    named = {machine: ", ".join(kinds).replace("ops, ops geometric mean", "ops") for machine, kinds in measured.items()}
+    found: dict[str, dict[str, None]] = {}
+    for record in measured(record for one in files for record in one.records):
+        found.setdefault(record["machine"], {})[str(record["benchmark"])] = None
+    named = {machine: ", ".join(kinds).replace("ops, ops geometric mean", "ops") for machine, kinds in found.items()}
     if named and all(machine.startswith("CPU: ") for machine in named):
         named["GPU"] = "not measured yet: make gpu"
     return list(named.items())

@@ -8,7 +8,7 @@ from pathlib import Path
 from . import markdown
 from .comparisons import comparisons, not_faster, refused, standings
 from .figures import grouped
-from .results import ResultFile
+from .results import ResultFile, measured
 from .summaries import operator_means
 
 BEGIN = "<!-- written by: python -m braze.benchmarks report --readme README.md -->"
@@ -29,7 +29,7 @@ def block(files: Sequence[ResultFile]) -> str:
     records = [record for one in files for record in one.records]
     found = comparisons(records)
     parts = [BEGIN]
-    if not any(not r["machine"].startswith("CPU: ") for r in records):
+    if all(record["machine"].startswith("CPU: ") for record in measured(records)):
         parts.append("On a GPU: not measured yet (`make gpu`).")
     if not found:
         parts.append("On the CPU: not measured yet (`python -m braze.benchmarks ops --device cpu`).")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +63,11 @@ def _named(record: Record, command: str, environment: dict[str, Any]) -> Record:
     if record.get("measure") in ("traffic", "code"):  # what was counted with no GPU, of operators and of optimizers
         named |= {"benchmark": "kernels", "op": record.get("op", record.get("case"))}
     return named
+
+
+def measured(records: Iterable[Record]) -> Iterator[Record]:
+    """Without predictions: the machine that these name has not been seen."""
+    return (record for record in records if record.get("measure") != "prediction")
 
 
 def machine(record: Record, environment: dict[str, Any]) -> str:
