@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import importlib.util
+from typing import Any
 
 import hypothesis
 import pytest
@@ -54,3 +55,19 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
     monkeypatch.setattr(head_chunks, "_chunks", recorded)
     return seen
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the operators that run."""
+    from braze.kernels import dispatch
+
+    found: list[str] = []
+    run = dispatch.run
+
+    def recorded(op: Any, *args: Any, **options: Any) -> Any:
+        found.append(op.name)
+        return run(op, *args, **options)
+
+    monkeypatch.setattr(dispatch, "run", recorded)
+    return found

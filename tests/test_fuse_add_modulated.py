@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from braze.kernels import dispatch, fuse, unfuse, use_backend
+from braze.kernels import fuse, unfuse, use_backend
 
-WIDTH = 8
+from .test_fuse_modulated import WIDTH, C, Rms, X, assert_same, made, modulate
+
 LAYER, RMS = "add_modulated_layer_norm", "add_modulated_rms_norm"
 
 
@@ -17,19 +18,6 @@ LAYER, RMS = "add_modulated_layer_norm", "add_modulated_rms_norm"
 def eager():
     with use_backend("eager"):
         yield
-
-
-def modulate(x, shift, scale):
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-class Rms(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.g, self.tiny = nn.Parameter(torch.randn(width)), 1e-4
-
-    def forward(self, x):
-        return self.g * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.tiny)
 
 
 class Base(nn.Module):
@@ -87,39 +75,10 @@ class Unshifted(Base):
 
 OPERATORS = {Helped: LAYER, Statements: LAYER, Ungated: RMS, Unshifted: RMS}
 each = pytest.mark.parametrize("kind", OPERATORS, ids=lambda kind: kind.__name__)
-_GENERATOR = torch.Generator().manual_seed(0)
-X, C = (torch.randn(*shape, generator=_GENERATOR, dtype=torch.float64) for shape in ((3, 5, WIDTH), (3, WIDTH)))
-
-
-def made(kind):
-    torch.manual_seed(0)
-    return kind().double()
-
-
-def step(model, x, c):
-    x, c = (t.clone().requires_grad_() for t in (x, c))
-    y = model(x, c)
-    gradients = torch.autograd.grad(y.sin().sum(), [x, c, *model.parameters()], allow_unused=True)
-    return [y.detach(), *(g for g in gradients if g is not None)]
-
-
-def assert_same(model, plain, x=X, c=C):
-    for got, expected in zip(step(model, x, c), step(plain, x, c), strict=True):
-        torch.testing.assert_close(got, expected)
 
 
 def joined(report):
     return [r.now for r in report.fused if r.now.startswith("add_modulated")]
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """The names of the operators that run."""
-    found, run = [], dispatch.run
-    monkeypatch.setattr(
-        dispatch, "run", lambda op, *args, **options: found.append(op.name) or run(op, *args, **options)
-    )
-    return found
 
 
 @each

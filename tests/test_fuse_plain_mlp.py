@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from braze.kernels import dispatch, fuse, fused, plan, unfuse, use_backend
+from braze.kernels import fuse, fused, plan, unfuse, use_backend
 from braze.kernels.fuse import tune as tuning
 
 from .test_fuse_savings import kept
@@ -73,16 +73,6 @@ def step(model, x):
 def assert_same(model, plain, x):
     for got, expected in zip(step(model, x), step(plain, x), strict=True):
         torch.testing.assert_close(got, expected)
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """The names of the operators that run."""
-    found, run = [], dispatch.run
-    monkeypatch.setattr(
-        dispatch, "run", lambda op, *args, **options: found.append(op.name) or run(op, *args, **options)
-    )
-    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)

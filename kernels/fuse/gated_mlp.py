@@ -103,13 +103,7 @@ class GatedMLP(Joint):
 
     def draws(self, sample: Sample) -> list[Draw]:
         """Scales on both sides of the activation's bend."""
-        width = features(sample.module)
-        return [
-            Draw("an ordinary", (sample.randn(2, 5, width),)),
-            Draw("a small", (0.05 * sample.randn(2, 5, width),)),
-            Draw("a large", (20.0 * sample.randn(2, 5, width),)),
-            Draw("a shifted", (sample.randn(2, 5, width) + 2.0,)),
-        ]
+        return around_the_bend(sample, features(sample.module))
 
     def counted(self, sample: Sample) -> Counted:
         """An element between the layers: the linear layers themselves cost the same, fused or not."""
@@ -134,3 +128,13 @@ def _linear(module: nn.Module) -> bool:
     return isinstance(getattr(module, "in_features", None), int) and isinstance(
         getattr(module, "out_features", None), int
     )
+
+
+def around_the_bend(sample: Sample, width: int) -> list[Draw]:
+    """Tokens on scales on both sides of an activation's bend."""
+    return [
+        Draw("an ordinary", (sample.randn(2, 5, width),)),
+        Draw("a small", (0.05 * sample.randn(2, 5, width),)),
+        Draw("a large", (20.0 * sample.randn(2, 5, width),)),
+        Draw("a shifted", (sample.randn(2, 5, width) + 2.0,)),
+    ]

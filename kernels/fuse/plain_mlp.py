@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..ops.activations import ACTIVATIONS
 from ..ops.mlp import mlp
-from .gated_mlp import LARGEST_COPY
+from .gated_mlp import LARGEST_COPY, around_the_bend
 from .joint import Joint, fused_class, own_forward, takes
 from .sample import Draw, Exactly, Refused, Sample, transposed
 from .savings import Counted, Measure
@@ -128,13 +128,7 @@ class PlainMLP(Joint):
 
     def draws(self, sample: Sample) -> list[Draw]:
         """Scales on both sides of the activation's bend."""
-        width = _shape(getattr(sample.module, self.first))[0]
-        return [
-            Draw("an ordinary", (sample.randn(2, 5, width),)),
-            Draw("a small", (0.05 * sample.randn(2, 5, width),)),
-            Draw("a large", (20.0 * sample.randn(2, 5, width),)),
-            Draw("a shifted", (sample.randn(2, 5, width) + 2.0,)),
-        ]
+        return around_the_bend(sample, _shape(getattr(sample.module, self.first))[0])
 
     def counted(self, sample: Sample) -> Counted:
         """An element between the layers."""
