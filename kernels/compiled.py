@@ -23,10 +23,6 @@ from torch import Tensor
 from . import long_sums
 from .autograd import Gradients, fused, vjp
 
-#: exp(x) = exp2(x·LOG2_E): on the CPU exp2 takes less time than exp, and the compiler, which writes what exp gives to
-#: memory if it is read twice, leaves it in registers.
-LOG2_E = math.log2(math.e)
-
 
 @functools.cache
 def compiled(reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,6 +183,13 @@ def _backend(graph: Any, inputs: Any) -> Any:
     from torch._inductor.decomposition import select_decomp_table
 
     return compile_fx(graph, inputs, decompositions={**select_decomp_table(), **long_sums.decompositions()})
+
+
+def exp(x: Tensor) -> Tensor:
+    """The exponential by way of exp2, which takes less time on the CPU; and where it is read twice the compiler leaves
+    it in registers, and writes what exp gives to memory.
+    """
+    return torch.exp2(x * math.log2(math.e))
 
 
 def column_sum(parameter: Tensor, *factors: Tensor, rows: int = 32) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiled import LOG2_E
+from ..compiled import exp
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def loss_and_statistics(
     classes = 1 if x.dim() > 1 else 0
     s = scores(x, None, softcap)
     peak = s.amax(classes, keepdim=True)
-    log_sum = torch.exp2((s - peak) * LOG2_E).sum(classes, keepdim=True).log()
+    log_sum = exp(s - peak).sum(classes, keepdim=True).log()
     lse = (peak + log_sum).squeeze(classes) if z_loss else None
     loss = loss_of(s - peak - log_sum, lse, target, weight, z_loss=z_loss, **options)
     return loss, peak, log_sum

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import dispatch, sharding
 from ..autograd import Gradients, fused, vjp
-from ..compiled import LOG2_E, compiled_call
+from ..compiled import compiled_call, exp
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks
 from .binary_losses import loss_and_slope, reduced
@@ -171,7 +171,7 @@ def _with_overlap(
     x: Tensor, target: Tensor, *, reduction: str, dice_weight: float, bce_weight: float, smooth: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     h, t = _masks(x, target)
-    z = _exp(-h.abs())
+    z = exp(-h.abs())
     top, bottom = _overlap(torch.where(h >= 0.0, 1.0, z) / (1.0 + z), t, smooth)
     loss = dice_weight * ((bottom - top) / bottom)
     if bce_weight:
@@ -194,17 +194,12 @@ def _gradient(
     """In closed form: autograd through the reference would add up the rows again."""
     h, t = _masks(x, target)
     top, bottom = top.unsqueeze(-1), bottom.unsqueeze(-1)
-    z = _exp(-h.abs())
+    z = exp(-h.abs())
     dx = dice_weight * ((top / bottom - 2.0 * t) / bottom) * (z / (1.0 + z).square())
     if bce_weight:
         dx = dx + bce_weight / h.shape[-1] * loss_and_slope(h, t, z=z)[1]
     grad = (grad.unsqueeze(-1) if grad.dim() else grad).to(dx.dtype)
     return (dx * (grad / top.numel() if reduction == "mean" else grad)).view(x.shape).to(x.dtype)
-
-
-def _exp(h: Tensor) -> Tensor:
-    """The exponential, by way of exp2: the compiler would write the result of exp to memory if it is read twice."""
-    return torch.exp2(h * LOG2_E)
 
 
 def _aten(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import Gradients, fused, vjp
-from ..compiled import LOG2_E, compiled_call
+from ..compiled import compiled_call, exp
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 from . import checks
 
@@ -117,13 +117,13 @@ def _with_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     s = x.to(torch.promote_types(x.dtype, torch.float32))
     peak = s.amax(-1, keepdim=True)
-    log_sum = torch.exp2((s - peak) * LOG2_E).sum(-1, keepdim=True).log()
+    log_sum = exp(s - peak).sum(-1, keepdim=True).log()
     return (s - peak - log_sum).to(x.dtype), peak, log_sum
 
 
 def _gradient(dy: Tensor, x: Tensor, peak: Tensor, log_sum: Tensor) -> Tensor:
     """dy − p·Σ dy."""
-    p = torch.exp2((x.to(peak.dtype) - peak - log_sum) * LOG2_E)
+    p = exp(x.to(peak.dtype) - peak - log_sum)
     g = dy.to(p.dtype)
     return (g - p * g.sum(-1, keepdim=True)).to(x.dtype)
 
