@@ -30,10 +30,16 @@ class Pieces(NamedTuple):
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and the variance, with divisor n, of each channel."""
+    """The mean and the variance, with divisor n, of each channel.
+
+    What a channel is off its mean has a mean, too: the rounding error of the first. A channel of equal values, whose
+    1/√(var + ε) is large, would show it.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = _channel_mean(wide)
-    return mean, _channel_mean((wide - per_channel(mean, wide)).square())
+    off = wide - per_channel(mean, wide)
+    error = _channel_mean(off)
+    return mean + error, _channel_mean(off.square()) - error.square()
 
 
 def _channel_mean(x: Tensor) -> Tensor:

@@ -112,6 +112,7 @@ def _moments(
         # Chan, Golub, LeVeque (1979): merge the mean and the sum of squared deviations of two sets.
         block_mu = tl.sum(block, 1) / size
         block = tl.where(mask, block - block_mu[:, None], 0.0)
+        block_mu += tl.sum(block, 1) / size  # its rounding error, which a channel of equal values would show
         delta = block_mu - mu
         squares += tl.sum(block * block, 1) + delta * delta * (count * size / (count + size))
         mu += delta * (size / (count + size))
@@ -141,11 +142,14 @@ def _merge_moments(partial, mean, var, plane, length, found, BLOCK: tl.constexpr
     elements = tl.sum(count, 0)
     mu = tl.sum(total, 0) / elements
     squares = tl.zeros([BLOCK], tl.float32)
+    error = tl.zeros([BLOCK], tl.float32)
     for start in range(0, found, BLOCK):
         j = start + tl.arange(0, BLOCK)
         delta = _found(counts + plane, j, found) - mu
-        squares += _found(counts + 2 * plane, j, found) + _found(counts, j, found) * delta * delta
-    tl.store(mean + tl.program_id(0), mu)
+        size = _found(counts, j, found)
+        error += size * delta
+        squares += _found(counts + 2 * plane, j, found) + size * delta * delta
+    tl.store(mean + tl.program_id(0), mu + tl.sum(error, 0) / elements)
     tl.store(var + tl.program_id(0), tl.sum(squares, 0) / elements)
 
 
