@@ -31,6 +31,14 @@ NARROW = (
     if _TRITON and Version(importlib.metadata.version("triton")) < Version("3.9")
     else ()
 )
+#: A token with a gate or a scale of its own has a program of its own: 256 elements of bfloat16 are 512 bytes, of which
+#: each of AMD's 64 lanes has 64 bits.
+SHORT = {"target": "gfx942", "variant": "for each token", "dtype": "bfloat16"}
+
+
+def widest(record: dict[str, Any]) -> int:
+    """The widest access that there can be, up to 128 bits."""
+    return 64 if record.items() >= SHORT.items() and record["shape"]["D"] == 256 else 128
 
 
 def in_one_process(op: Op, *more: Any, id: str) -> Any:
@@ -119,9 +127,10 @@ def test_memory_is_accessed_128_bits_at_a_time(op, which):
                 calls.setdefault(f"{record['variant']} {record['dtype']} {record['shape']}", []).append(record)
         assert calls
         for call, kernels in calls.items():
-            assert all(r["widest_load"] >= 128 for r in kernels), (call, kernels)
+            least = widest(kernels[0])
+            assert all(r["widest_load"] >= least for r in kernels), (call, kernels)
             if not {kernels[0]["variant"], plain} & reductions:
-                assert max(r["widest_store"] for r in kernels) >= 128, (call, kernels)
+                assert max(r["widest_store"] for r in kernels) >= least, (call, kernels)
 
 
 @pytest.mark.xdist_group("audit of vocab_parallel")
