@@ -44,6 +44,8 @@ def figures(report: LayoutReport) -> dict[str, Any]:
             f"{device}_convolutions": counts.forward,
             f"{device}_nchw": counts.forward_nchw,
             f"{device}_nchw_backward": counts.backward_nchw,
+            f"{device}_gaps": counts.forward_gaps,
+            f"{device}_gaps_backward": counts.backward_gaps,
             f"{device}_bytes_lost": report.bytes(device, "loses"),
             f"{device}_bytes_transposed": report.bytes(device, "transposes"),
         }

@@ -137,9 +137,9 @@ class _Judge:
             return
         nchw = fed.layout == "contiguous"
         which = "backward" if call.name == CONVOLUTION_BACKWARD else "forward"
-        counts = {which: getattr(self.convolutions, which) + 1}
-        counts[f"{which}_nchw"] = getattr(self.convolutions, f"{which}_nchw") + nchw
-        self.convolutions = dataclasses.replace(self.convolutions, **counts)
+        counted = {which: True, f"{which}_nchw": nchw, f"{which}_gaps": fed.layout == "channels_last" and fed.gaps}
+        before = {name: getattr(self.convolutions, name) for name in counted}
+        self.convolutions = dataclasses.replace(self.convolutions, **{n: before[n] + counted[n] for n in counted})
         if nchw:
             if computes_like.layout == "channels_last":
                 self._add("transposes", call, fed)

@@ -35,12 +35,17 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Convolutions:
-    """2-D convolutions that ran, and how many of them were fed a contiguous [N, C, H, W]."""
+    """2-D convolutions that ran, and how many of them were fed a contiguous [N, C, H, W], or channels_last with gaps.
+
+    A slice of a channels_last tensor has gaps: convolutions copy it first, but in the order that it has.
+    """
 
     forward: int = 0
     forward_nchw: int = 0
+    forward_gaps: int = 0
     backward: int = 0
     backward_nchw: int = 0
+    backward_gaps: int = 0
 
 
 class LayoutReport:
@@ -129,7 +134,10 @@ class LayoutReport:
             found = self.convolutions[device]  # type: ignore[index]
             text = f"{device}, {how}: {self.verdict(device)}; convolutions fed [N, C, H, W] contiguous: "  # type: ignore[arg-type]
             text += f"{found.forward_nchw} of {found.forward} in forward"
-            lines.append(text + (f", {found.backward_nchw} of {found.backward} in backward" if found.backward else ""))
+            text += f", {found.backward_nchw} of {found.backward} in backward" if found.backward else ""
+            if gaps := found.forward_gaps + found.backward_gaps:
+                text += f"; channels_last with gaps, copied first: {gaps}"
+            lines.append(text)
         if self.unpredicted:
             lines.append(f"taken to be on CUDA as on the CPU: {', '.join(self.unpredicted)}")
         return lines

@@ -48,6 +48,12 @@ class Ref:
         return torch.Size(self.size).numel() * self.dtype.itemsize
 
     @property
+    def gaps(self) -> bool:
+        """Whether memory between its elements belongs to others, as in a slice."""
+        span = 1 + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
+        return span > torch.Size(self.size).numel()
+
+    @property
     def order(self) -> tuple[int, ...] | None:
         """The dims longer than one, from the slowest in memory to the fastest; None where two overlap or tie."""
         dims = [d for d, size in enumerate(self.size) if size > 1]

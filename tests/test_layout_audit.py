@@ -97,6 +97,15 @@ def run(middle: tuple[Callable[[Tensor], Tensor], int]) -> LayoutReport:
     return audit(Around(*middle), images())
 
 
+def test_slices_of_channels_last_memory_are_counted_and_lose_nothing() -> None:
+    forward = run((lambda x: x[:, :4], 4)).convolutions["cpu"]
+    assert (forward.forward_gaps, forward.backward_gaps, forward.forward_nchw) == (1, 0, 0)
+    report = run((lambda x: torch.cat([x, x.detach()], 1), 16))  # its gradient is split
+    assert report.convolutions["cpu"].backward_gaps == 1
+    assert report.verdict("cpu") == "clean"
+    assert "channels_last with gaps, copied first: 1" in str(report)
+
+
 @pytest.mark.parametrize("name", LOSES)
 def test_a_loss_in_forward_is_blamed_on_its_line(name: str) -> None:
     report = run(LOSES[name])
