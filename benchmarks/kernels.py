@@ -8,15 +8,16 @@ them apart. The last table predicts times at the benchmark sizes on GPUs that ar
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from braze.kernels.audit import vocab_parallel
 from braze.kernels.audit.cases import audited_operators
-from braze.kernels.audit.child import audit
+from braze.kernels.audit.child import audit, audit_others
 from braze.kernels.audit.machine_code import TARGETS
 
 from . import ops_case, prediction, tables
@@ -24,11 +25,13 @@ from .records import Record
 
 #: Above this ratio a reason must stand beside the operator.
 ALLOWED = 1.02
+#: Positions, and classes of each of eight processes, for which the kernels of classes in parts are predicted.
+IN_PARTS = {"N": 8192, "V": 128_256 // 8}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--op`` and ``--target``."""
-    names = [op.name for op in audited_operators()]
+    names = [*(op.name for op in audited_operators()), vocab_parallel.NAME]
     parser.add_argument("--op", action="append", choices=names, metavar="NAME", help=f"only this: {', '.join(names)}")
     targets = ", ".join(TARGETS)
     parser.add_argument(
@@ -42,17 +45,14 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     console = tables.console()
     with Progress(*columns, console=console) as bar:
         whats: tuple[Literal["traffic", "code"], ...] = ("traffic", "code")
-        records = [
-            record
-            for what, label in zip(whats, ("bytes moved", "machine code"), strict=True)
-            for record in audit(
-                what,
-                quick=arguments.quick,
-                ops=arguments.op or (),
-                targets=arguments.target or (),
-                progress=_onto(bar, label),
-            )
-        ]
+        targets = arguments.target or ()
+        ops = [name for name in arguments.op or () if name != vocab_parallel.NAME]
+        records: list[Record] = []
+        for what, label in zip(whats, ("bytes moved", "machine code"), strict=True):
+            if ops or not arguments.op:
+                records += audit(what, quick=arguments.quick, ops=ops, targets=targets, progress=_onto(bar, label))
+            if not arguments.op or vocab_parallel.NAME in arguments.op:
+                records += audit_others("vocab_parallel", what, targets)
     console.print(_kernels(records))
     console.print(_reasons(records))
     predictions = predict(prediction.counts(records))
@@ -70,7 +70,25 @@ def predict(counted: prediction.Counts) -> list[Record]:
                 if microseconds is not None:
                     facts = case.record(which, "triton", measure="prediction", predicted_us=microseconds)
                     found.append({**facts, "benchmark": "kernels", "device": f"{gpu}, assumed"})
-    return found
+    return found + list(_predict_in_parts(counted))
+
+
+def _predict_in_parts(counted: prediction.Counts) -> Iterator[Record]:
+    for (op, which, dtype), found in counted.items():
+        if op != vocab_parallel.NAME:
+            continue
+        case = vocab_parallel.Case("default", getattr(torch, dtype), **IN_PARTS)
+        facts = vocab_parallel.facts(case, f"_{which}")
+        for gpu, ceilings in prediction.ASSUMED.items():
+            moved = found.ratio * vocab_parallel.least_bytes(case, facts["kernel"])
+            yield {
+                "benchmark": "kernels",
+                "measure": "prediction",
+                **facts,
+                "shape": _shape(facts["shape"]),
+                "device": f"{gpu}, assumed",
+                "predicted_us": prediction.bytes_us(moved, found.launches, ceilings),
+            }
 
 
 def _predictions(records: Iterable[Record]) -> Table:

@@ -1,13 +1,14 @@
 """``python -m braze.benchmarks optim``: a step of the optimizers against torch.optim's three forms.
 
 The parameters have the shapes of ResNet-50 and of GPT-2 with 124 million parameters. Times are taken in turns; a ratio
-is a provider's time over braze's. Before that, what the Triton kernels move and become is audited, with no GPU.
+is a provider's time over braze's. Before that, what the Triton kernels move and become is audited, with no GPU, and
+times are predicted from it (``prediction.py``), on a GPU beside the measured ones.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import nn
 
 from braze.kernels import optim
 from braze.kernels.audit.child import audit_others
+from braze.kernels.audit.optimizers import CASES, least_bytes
 
-from . import tables, timing
+from . import ceilings, prediction, tables, timing
 from .records import Record
 
 BASELINE = "braze"
@@ -50,6 +52,9 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     ]
     show_audit(records)
     models = {name: shapes for name, shapes in MODELS.items() if name == "ResNet-50" or not arguments.quick}
+    traffic = [record for record in records if record["measure"] == "traffic"]
+    predictions = predict(traffic, models, {f"{gpu}, assumed": limits for gpu, limits in prediction.ASSUMED.items()})
+    show_predictions(predictions)
     timed: list[Record] = []
     with Progress(TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
         task = bar.add_task("", total=len(models) * len(STEPS))
@@ -59,8 +64,32 @@ def run(arguments: argparse.Namespace) -> list[Record]:
                 bar.update(task, description=f"{model}, {step}")
                 timed += measure(model, params, step, QUICK_ROUNDS if arguments.quick else ROUNDS)
                 bar.advance(task)
+    if arguments.device == "cuda":
+        own = predict(traffic, models, {"cuda": ceilings.measure(torch.device("cuda"), ())})
+        predicted = {(record["model"], record["op"]): record["predicted_us"] for record in own}
+        for record in timed:
+            if record["provider"] == BASELINE:
+                record["predicted_us"] = predicted.get((record["model"], record["op"]))
     show(timed)
-    return records + timed
+    return records + predictions + timed
+
+
+def predict(
+    traffic: Iterable[Record],
+    models: Mapping[str, Callable[[], Iterator[torch.Size]]],
+    gpus: Mapping[str, ceilings.Ceilings],
+) -> list[Record]:
+    """What each audited step of a model's parameters, one launch, should take."""
+    found = []
+    for record in traffic:
+        for model, shapes in models.items():
+            sizes = [shape.numel() for shape in shapes()]
+            moved = record["ratio"] * least_bytes(CASES[record["case"]], sizes)
+            facts = {"model": model, "op": record["case"], "tensors": len(sizes), "elements": sum(sizes)}
+            for gpu, limits in gpus.items():
+                figures = {"device": gpu, "predicted_us": prediction.bytes_us(moved, 1, limits)}
+                found.append({"benchmark": "optim", "measure": "prediction", "provider": BASELINE, **facts, **figures})
+    return found
 
 
 def _resnet() -> Iterator[torch.Size]:
@@ -125,16 +154,34 @@ def show(records: list[Record]) -> None:
     table = Table(box=box.SIMPLE, title="A step of an optimizer, float32")
     for name in ("parameters of", "step", "provider"):
         table.add_column(name, no_wrap=True)
-    for name in ("ms", "÷ braze (95 % interval)"):
+    for name in ("ms", "predicted ms", "÷ braze (95 % interval)"):
         table.add_column(name, justify="right", no_wrap=True)
     for record in records:
+        predicted = record.get("predicted_us")
         table.add_row(
             f"{record['model']}: {record['elements'] / 1e6:.1f} M in {record['tensors']}",
             record["op"],
             record["provider"],
             f"{record['median_s'] * 1e3:.1f}",
+            "-" if predicted is None else f"{predicted / 1e3:.2f}",
             tables.ratio(record),
         )
+    _print(table)
+
+
+def show_predictions(records: list[Record]) -> None:
+    """Print, for each step, what it should take on GPUs that are not here."""
+    gpus = list(dict.fromkeys(record["device"] for record in records))
+    table = Table(box=box.SIMPLE, title="Predicted microseconds of a step, from its bytes and one launch; not measured")
+    for name in ("parameters of", "step"):
+        table.add_column(name, no_wrap=True)
+    for gpu in gpus:
+        table.add_column(gpu, justify="right", no_wrap=True)
+    rows: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        rows.setdefault((record["model"], record["op"]), []).append(f"{record['predicted_us']:.0f}")
+    for row, cells in rows.items():
+        table.add_row(*row, *cells)
     _print(table)
 
 

@@ -56,6 +56,12 @@ def recorded() -> Counts:
     return counts(json.loads(RESULTS.read_text())["records"]) if RESULTS.exists() else {}
 
 
+def bytes_us(moved: float, launches: int, ceilings: Ceilings) -> float:
+    """Microseconds of kernels that only move bytes."""
+    assert ceilings.launch_us is not None
+    return launches * ceilings.launch_us + moved / (1e3 * ceilings.copy_gbs)
+
+
 def predicted_us(case: Case, which: str, counted: Counts, ceilings: Ceilings) -> float | None:
     """Microseconds of one pass; None of an operator that was not audited, or where a ceiling is not known."""
     if which == BOTH:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from braze.benchmarks import losses, optim, rounding
+from braze.benchmarks.ceilings import Ceilings
 from braze.kernels import linear_cross_entropy
 
 from .clocks import FakeClock
@@ -47,6 +48,19 @@ def test_a_step_of_an_optimizer_is_timed_and_audited_figures_are_shown(capsys: p
     printed = capsys.readouterr().out
     assert "AdamW, clipped" in printed
     assert re.search(r"AdamW +1\.003 +95 … 133 +8 +64 bit", printed)
+
+
+def test_a_predicted_step_is_one_launch_and_its_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = Ceilings(copy_gbs=1000.0, matmul_tflops={}, launch_us=2.0)
+    shapes = {"tiny": lambda: iter([torch.Size([1000, 1000]), torch.Size([500])])}
+    traffic = [{"case": "AdamW", "ratio": 1.5}, {"case": "SGD", "ratio": 1.0}]
+    found = optim.predict(traffic, shapes, {"a GPU": gpu})
+    # Of float32, AdamW reads parameter, gradient and two states, and writes all but the gradient.
+    per_element = {"AdamW": 1.5 * 7 * 4, "SGD": 3 * 4}
+    expected = {op: 2.0 + 1_000_500 * moved / 1e6 for op, moved in per_element.items()}
+    assert {record["op"]: record["predicted_us"] for record in found} == pytest.approx(expected)
+    optim.show_predictions(found)
+    assert re.search(r"tiny +AdamW +44 ", capsys.readouterr().out)
 
 
 def test_roundings_are_compared_with_float32_of_the_same_seed(

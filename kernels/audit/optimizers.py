@@ -31,11 +31,13 @@ class Case(NamedTuple):
     state: torch.dtype = torch.float32
 
 
-#: AdamW with all that may surround it, for three roundings, and each other rule as it is used most; all with states in
-#: 8 bits, whose dtype is int8 here.
+#: Each rule as it is used most, and AdamW with all that may surround it, for three roundings; all with states in 8
+#: bits, whose dtype is int8 here.
 CASES = {
     "SGD": Case("sgd", 0, ()),
+    "SGD, momentum": Case("sgd", 1, ("momentum",)),
     "SGD, Nesterov momentum": Case("sgd", 1, ("momentum", "nesterov", "maximize")),
+    "Adam": Case("adam", 2, ("step",)),
     "Adam, AMSGrad": Case("adam", 3, ("step", "amsgrad")),
     "AdamW": Case("adam", 2, ("step", "decoupled")),
     "AdamW, averaged and cleared": Case("adam", 2, ("step", "decoupled", "average", "clear")),
@@ -58,14 +60,14 @@ CASES = {
 }  # fmt: skip
 
 
-def least_bytes(case: Case) -> int:
-    """What a step must move: all but the gradient is read and written."""
+def least_bytes(case: Case, sizes: Sequence[int] = SIZES) -> int:
+    """What a step of parameters of these sizes must move: all but the gradient is read and written."""
     bytes_each = 2 * case.parameter.itemsize + case.parameter.itemsize + 2 * case.states * case.state.itemsize
     bytes_each += 2 * torch.float32.itemsize if "average" in case.options else 0
     bytes_each += case.parameter.itemsize if "clear" in case.options else 0
     bytes_each += 2 * case.parameter.itemsize if "kahan" in case.options else 0
-    scales = sum(map(quantization.blocks, SIZES)) if case.state == torch.int8 else 0
-    return sum(SIZES) * bytes_each + 2 * case.states * scales * torch.float32.itemsize
+    scales = sum(map(quantization.blocks, sizes)) if case.state == torch.int8 else 0
+    return sum(sizes) * bytes_each + 2 * case.states * scales * torch.float32.itemsize
 
 
 def launches(case: Case, device: str) -> None:

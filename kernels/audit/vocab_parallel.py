@@ -17,6 +17,8 @@ from torch import Tensor
 from .machine_code import TARGETS, compiled, read
 from .traffic import metered
 
+NAME = "vocab_parallel"
+
 
 class Case(NamedTuple):
     """Logits of N positions and the V classes of a process, and what is done with them."""
@@ -72,9 +74,16 @@ def least_bytes(case: Case, kernel: str) -> int:
 
 
 def facts(case: Case, kernel: str) -> dict[str, Any]:
-    """What a record is about."""
-    dtype = str(case.dtype).removeprefix("torch.")
-    return {"kernel": kernel, "options": case.options, "dtype": dtype, "shape": {"N": case.N, "V": case.V}}
+    """What a record is about, in the words of an operator's."""
+    return {
+        "op": NAME,
+        "provider": "triton",
+        "variant": case.options,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "shape": {"N": case.N, "V": case.V},
+        "pass": kernel.removeprefix("_"),
+        "kernel": kernel,
+    }
 
 
 def traffic(case: Case) -> Iterator[dict[str, Any]]:
@@ -83,7 +92,8 @@ def traffic(case: Case) -> Iterator[dict[str, Any]]:
         with metered() as meter:
             run()
         moved, least = meter.moved[kernel], least_bytes(case, kernel)
-        yield {**facts(case, kernel), "bytes": moved, "least_bytes": least, "ratio": moved / least}
+        counted = {"bytes": moved, "least_bytes": least, "ratio": moved / least, f"bytes of {kernel}": moved}
+        yield {"measure": "traffic", **facts(case, kernel), **counted, "allowed_ratio": None, "reason": None}
 
 
 def code(case: Case) -> Iterator[dict[str, Any]]:
@@ -92,7 +102,7 @@ def code(case: Case) -> Iterator[dict[str, Any]]:
         with compiled(sys.argv[2:] or tuple(TARGETS)) as kernels:
             run()
         for found in read(kernels, ("sm_90",)):
-            yield {**facts(case, kernel), **found._asdict()}
+            yield {"measure": "code", **facts(case, kernel), **found._asdict()}
 
 
 if __name__ == "__main__":
