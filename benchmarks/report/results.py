@@ -58,16 +58,22 @@ def load(path: Path, start: Path) -> ResultFile:
     return ResultFile(name, command, environment, records)
 
 
+#: The records that name a machine which has not been seen.
+PREDICTED = "kernels predicted"
+
+
 def _named(record: Record, command: str, environment: dict[str, Any]) -> Record:
     named = {"benchmark": command, **record, "machine": machine(record, environment)}
     if record.get("measure") in ("traffic", "code"):  # what was counted with no GPU, of operators and of optimizers
         named |= {"benchmark": "kernels", "op": record.get("op", record.get("case"))}
+    if record.get("measure") == "prediction":
+        named["benchmark"] = PREDICTED
     return named
 
 
 def measured(records: Iterable[Record]) -> Iterator[Record]:
     """Without predictions: the machine that these name has not been seen."""
-    return (record for record in records if record.get("measure") != "prediction")
+    return (record for record in records if record["benchmark"] != PREDICTED)
 
 
 def machine(record: Record, environment: dict[str, Any]) -> str:

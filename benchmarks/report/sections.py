@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..records import Record
 from . import figures
 from .columns import Column, exponent, hundredths, mebibytes, milliseconds, thousandths
+from .results import PREDICTED
 from .summaries import audit_totals, kernels_table, zoo_totals
 
 #: In the headings of the page, or of no use to a reader.
@@ -102,6 +103,10 @@ SECTIONS = (
              Column("reason", "why more than 1.02"), Column("target", "target"), Column("registers", "registers"),
              Column("spills", "bytes spilled"), Column("widest_load", "widest load, bit"),
              Column("widest_store", "widest store, bit")), figures.traffic, kernels_table),
+    Section(PREDICTED, "Predicted times",
+            "What the kernels should take on GPUs that have not been seen: launches, and bytes over a ceiling that is "
+            "assumed. For a model, an optimizer's step of its parameters. Not measured.",
+            (OP, MODEL, SHAPE, PASS, DTYPE, Column("predicted_us", "predicted µs"))),
     Section("zoo", "Fusing models", "Joints that fuse found and swapped, against an independent count.",
             (MODEL, Column("found", "counted"), Column("swapped", "swapped"), Column("missed", "missed"),
              Column("right", "right"), Column("unfuse_equal", "unfuse gives every bit back"),
