@@ -18,7 +18,6 @@ import triton.language as tl
 
 from .binary_losses import binary_loss, eighths
 from .launch import elementwise_tiles, launch, multiprocessors
-from .launch_table import measured
 
 
 @triton.jit
@@ -121,10 +120,9 @@ def forward(x, target, *, reduction: str, dice_weight: float, bce_weight: float,
         P = max(1, min(triton.cdiv(D, 4 * meta["BLOCK_D"]), most))
         partial = torch.empty(4 if bce_weight else 3, P, R, dtype=torch.float32, device=x.device)
         launch(_forward, (blocks, P), logits, truth, partial, P * R, R, D, **meta)
-        bce = bce_weight or None
-        meta = measured(_finish, (partial, bce), {"BLOCK_P": 32, "BLOCK_R": 32, "num_warps": 4})
-        launch(_finish, (triton.cdiv(R, meta["BLOCK_R"]),),
-            partial, losses, slopes, P * R, R, P, D, dice_weight, bce, smooth, **meta,
+        launch(_finish, (triton.cdiv(R, 32),),
+            partial, losses, slopes, P * R, R, P, D, dice_weight, bce_weight or None, smooth,
+            BLOCK_P=32, BLOCK_R=32, num_warps=4,
         )  # fmt: skip
     loss = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
