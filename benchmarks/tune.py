@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -182,14 +183,9 @@ def _answered(ask: Ask, places: Sequence[Place], subjects: Callable[[Case], Subj
     for place in places:
         if place.searched:
             subject = subjects(place.case)
-            found = walk(
-                ask,
-                lambda choice, subject=subject, place=place: subject.refusal(place.which, ask, choice),
-                lambda first, others, subject=subject, place=place: subject.ratios(
-                    place.which, ask, first, others, effort.search
-                ),
-                effort.steps,
-            )
+            refusal = functools.partial(subject.refusal, place.which, ask)
+            ratios = functools.partial(subject.ratios, place.which, ask, effort.search)
+            found = walk(ask, refusal, ratios, effort.steps)
             tried += found.timed
             refused.update(found.refused)
             if found.best != ask.free:

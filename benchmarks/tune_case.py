@@ -56,7 +56,7 @@ class Subject:
             self._run(which, _reasoned)
         return f"spills registers: {dict(spills - before)}" if spills - before else None
 
-    def ratios(self, which: str, ask: Ask, first: Choice, others: Sequence[Choice], rounds: int) -> list[timing.Ratio]:
+    def ratios(self, which: str, ask: Ask, rounds: int, first: Choice, others: Sequence[Choice]) -> list[timing.Ratio]:
         """The times of other choices over that of the first, with warm caches."""
         samples = self._timed(which, ask, [first, *others], rounds, cold=False)
         return [samples.ratio(label(choice), label(first)) for choice in others]
