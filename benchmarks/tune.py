@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     if arguments.write:
         _must_be_writable(file.parent)
     found: list[Record] = []
+    asked = better = 0
     columns = (TextColumn("{task.description:60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("what launches ask", total=None)
@@ -102,12 +103,14 @@ def run(arguments: argparse.Namespace) -> list[Record]:
         for result in tune(arguments.op, device, arguments.quick, tell):
             found += result.records
             arguments.keep(found)
+            asked += result.ask is not None
+            better += result.choice is not None
             if arguments.write and result.ask is not None:
                 store(file, device_name(device), result)
     show(found)
-    proposed = sum(record["status"] == "proposed" for record in found)
     where = f"written to {file}" if arguments.write else "nothing is written without --write"
-    tables.console().print(f"{proposed} proposals on single shapes; {where}", highlight=False, soft_wrap=True)
+    said = f"other parameters are faster for {better} of {asked} kinds of launches; {where}"
+    tables.console().print(said, highlight=False, soft_wrap=True)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,18 +17,21 @@ from braze.kernels.triton import launch_table
 from braze.kernels.triton.launch_table import Answer, Ask
 
 from . import timing
-from .accuracy import Judge, leaves, tensors
+from .accuracy import Judge, cotangents_for, leaves, tensors
 from .ops_case import FORWARD, Case
 from .tune_search import Choice, Proof, label
 
 
 class Subject:
-    """A case with its inputs, and the truth about them."""
+    """A case with its inputs and, once it is asked for, the truth about them."""
 
     def __init__(self, case: Case, clocks: Callable[[torch.device], timing.Clocks] = timing.clocks_for) -> None:
         self.case, self._clocks = case, clocks
         self._call = case.call()
-        self._judge = Judge(case.op, self._call)
+
+    @functools.cached_property
+    def _judge(self) -> Judge:
+        return Judge(self.case.op, self._call)
 
     def asks(self, which: str) -> list[Ask]:
         """What the launches of a pass ask."""
@@ -42,8 +46,8 @@ class Subject:
             with _spilled() as spills:
                 first = self._run(which, answer)
             again = self._run(which, answer)
-            with launch_table.answering(answer):
-                errors = self._judge.errors(self._function, gradients=self.case.op.differentiable)
+            with _launching(answer):
+                errors = self._judge.errors(self.case.op.fn, gradients=self.case.op.differentiable)
         except Exception as error:  # of the compiler, of the launch, or a limit of the machine
             return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
         if which == FORWARD:
@@ -87,11 +91,11 @@ class Subject:
         return timing.compare(works, clocks.cold if cold else clocks.warm, rounds)
 
     def _work(self, which: str, answer: Answer) -> timing.Work:
-        work = self.case.work(which, self._function, self._call, self._judge.cotangents)
+        work = self.case.work(which, self.case.op.fn, self._call, self._judge.cotangents)
 
         def under(part: Callable[..., Any]) -> Callable[..., Any]:
             def answered(*arguments: Any) -> Any:
-                with launch_table.answering(answer):
+                with _launching(answer):
                     return part(*arguments)
 
             return answered
@@ -102,16 +106,19 @@ class Subject:
 
     def _run(self, which: str, answer: Answer) -> list[Tensor]:
         """The results of one pass, whose launches alone get the answer: the other's are as reasoned."""
-        with launch_table.answering(answer if which == FORWARD else _reasoned):
-            outputs = tensors(self._function(*self._call.args, **self._call.kwargs))
+        with _launching(answer if which == FORWARD else _reasoned):
+            outputs = tensors(self.case.op.fn(*self._call.args, **self._call.kwargs))
         if which == FORWARD:
             return [y.detach() for y in outputs]
-        with launch_table.answering(answer):
-            return list(torch.autograd.grad(outputs, leaves(self._call), self._judge.cotangents))
+        with _launching(answer):
+            return list(torch.autograd.grad(outputs, leaves(self._call), cotangents_for(outputs)))
 
-    def _function(self, *args: Any, **kwargs: Any) -> Any:
-        with use_backend("triton"):
-            return self.case.op.fn(*args, **kwargs)
+
+@contextmanager
+def _launching(answer: Answer) -> Iterator[None]:
+    """Have every operator launch its kernels, with what the answer says."""
+    with launch_table.answering(answer), use_backend("triton"):
+        yield
 
 
 def _reasoned(ask: Ask) -> None:

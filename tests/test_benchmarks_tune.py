@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import random
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,19 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: no kernel to launch")
 
+from triton.runtime.jit import JITFunction
+
 from braze.benchmarks import __main__ as benchmarks
 from braze.benchmarks import records, timing, tune
 from braze.benchmarks.ops_case import Case
 from braze.benchmarks.timing import Ratio
-from braze.benchmarks.tune_case import Subject
+from braze.benchmarks.tune_case import Subject, _spilled
 from braze.benchmarks.tune_search import MARGIN, Choice, Proof, neighbours, objection, walk
 from braze.kernels import OPS
 from braze.kernels.triton import launch_table
 from braze.kernels.triton.launch_table import Ask
+
+from . import contract
 
 in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="puts a price on launches in the interpreter")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is none")
@@ -192,15 +197,25 @@ def test_a_choice_that_is_slower_at_another_size_is_none(
     assert (result.choice is None) == (slow is not None)
 
 
+def compiled(kernel: Any, *, BLOCK_N: int) -> types.SimpleNamespace:
+    """What Triton returns from a launch, as far as it is looked at."""
+    return types.SimpleNamespace(metadata=types.SimpleNamespace(name="_forward"), n_spills=12 if BLOCK_N == 64 else 4)
+
+
 def corrupted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the fastest blocks of a forward pass give wrong, changing or no results."""
+    """Have the fastest blocks of a forward pass give wrong, changing or no results, or spill as compiled kernels do."""
     from braze.kernels.triton import l2_normalize
 
     launch = l2_normalize.launch
     count = [0]
+    if kind == "spills":
+        monkeypatch.setattr(JITFunction, "run", compiled)
 
     def broken(kernel: Any, grid: Any, *arguments: Any, **meta: Any) -> None:
         launch(kernel, grid, *arguments, **meta)
+        if kind == "spills":
+            JITFunction.run(kernel, BLOCK_N=meta["BLOCK_N"])
+            return
         if meta["BLOCK_N"] != 64:
             return
         if kind == "fails":
@@ -222,6 +237,7 @@ def corrupted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("wrong", "wrong: output 0: error"),
         ("changes", "not the same bits twice"),
         ("fails", "failed: RuntimeError: out"),
+        ("spills", "spills registers: {'_forward': 8}"),
     ],
 )
 def test_the_fastest_is_refused_if_it_is_not_right(
@@ -242,6 +258,27 @@ def test_the_fastest_is_refused_if_it_is_not_right(
     assert result.choice is None
     assert refusals
     assert all(why.startswith(said) for why in refusals)
+
+
+@pytest.mark.gpu
+def test_the_search_runs_on_a_gpu() -> None:
+    op = dataclasses.replace(next(op for op in OPS if op.name == "rms_norm"), bench=({"N": 512, "D": 1024},))
+    device = torch.device("cuda", torch.cuda.current_device())
+    subject = Subject(Case(op, op.bench[0], torch.bfloat16, device))
+    (ask,) = subject.asks("forward")
+    assert subject.refusal("forward", ask, ask.free) is None
+    with _spilled() as spills:
+        subject._run("forward", lambda ask: None)
+    assert spills == {"_forward": 0}
+    found = list(tune.tune([op], device, quick=True))
+    assert [result.ask is not None for result in found] == [True, True]
+    for result in found:
+        if result.choice is not None:
+            choices = {result.ask: dict(result.choice)}
+            with launch_table.answering(choices.get):
+                contract.check_against_reference(
+                    contract.Case(op, dict(op.bench[0]), torch.bfloat16, device="cuda"), "triton"
+                )
 
 
 def proposal(choice: Choice | None = BEST, ask: Ask = ASK) -> tune.Result:
