@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -32,9 +33,9 @@ def asks(case: Case) -> list[Ask]:
     return list(found)
 
 
-def scaled(ask: Ask, names: set[str], factor: float) -> dict[str, int]:
-    """The free parameters of an ask, those of these names times ``factor``, but at least 1."""
-    return {name: max(1, int(n * factor)) if name in names else n for name, n in ask.free}
+def scaled(ask: Ask, only: str | None, factor: float) -> dict[str, int]:
+    """The free parameters of an ask, the only one of a name or all of them times ``factor``, but at least 1."""
+    return {name: max(1, int(n * factor)) if only in (None, name) else n for name, n in ask.free}
 
 
 def sizes(op: Op) -> Iterator[dict[str, int]]:
@@ -52,16 +53,18 @@ with_kernels = pytest.mark.parametrize("op", [op for op in OPS if "triton" in op
 
 @with_kernels
 def test_no_result_depends_on_a_free_parameter(op: Op, device: str) -> None:
-    """Each parameter of small sizes halved and doubled by itself, those of large sizes all together.
+    """Each parameter halved and doubled by itself; in every variant, and at large sizes, all of them together.
 
     The interpreter has no warps: those are for a GPU to judge, as the search does.
     """
     small, *large = (Case(op, dims, torch.float32, device=device) for dims in sizes(op))
     names = {name for ask in asks(small) for name, _ in ask.free}
     assert "num_warps" in names
-    for case, which in [(small, {name}) for name in names - {"num_warps"}] + [(case, names) for case in large]:
+    variants = (dataclasses.replace(small, variant=variant) for variant in op.variants)
+    changed = [*((small, name) for name in names - {"num_warps"}), *((case, None) for case in (*variants, *large))]
+    for case, only in changed:
         for factor in (0.5, 2):
-            with launch_table.answering(lambda ask, which=which, factor=factor: scaled(ask, which, factor)):
+            with launch_table.answering(lambda ask, only=only, factor=factor: scaled(ask, only, factor)):
                 check_against_reference(case, "triton")
 
 
