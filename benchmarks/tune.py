@@ -5,8 +5,9 @@ has reasoned out (``kernels/triton/launch_table.py``). For each such question th
 through its neighbours on every size that asks it. A choice is refused where it does not run, spills registers that the
 reasoned one does not, gives other bits the second time, or leaves the error budget of the contract. Times are those of
 ``ops``, taken in turns with the reasoned choice. What a walk ends with is timed again from scratch, with warm and with
-cold caches, and proposed only if the 95 % interval of its ratio lies below 0.98 on a size, and below 1.02 on all of
-them: those of the benchmark, and each with one dim a sixteenth as long, as far as they ask the same question.
+cold caches, and proposed only if the 95 % interval of its ratio lies below 0.98 on a size, below 1.02 on all of them,
+and nowhere above 1 with cold caches: on the sizes of the benchmark, and on each with one dim a sixteenth as long, as
+far as they ask the same question.
 
 ``--write`` puts the proposals into the table of this GPU, ``kernels/triton/launches/<device>.json``, with the evidence
 beside them, and takes out what was measured before where the reasoned choice now stands. What was not asked is left as
@@ -182,7 +183,7 @@ class _Latest:
 
 def _answered(ask: Ask, places: Sequence[Place], subjects: Callable[[Case], Subject], effort: Effort) -> Result:
     ends: dict[Choice, None] = {}
-    tried, refused = 0, set[Choice]()
+    tried, refused = 0, dict[Choice, str]()
     for place in places:
         if place.searched:
             subject = subjects(place.case)
@@ -193,9 +194,10 @@ def _answered(ask: Ask, places: Sequence[Place], subjects: Callable[[Case], Subj
             refused.update(found.refused)
             if found.best != ask.free:
                 ends[found.best] = None
-    counts: Record = {"tried": tried, "refused": len(refused)}
+    refusals = [f"{label(choice)}: {why}" for choice, why in refused.items()]
+    counts: Record = {"tried": tried, "refused": len(refused), "refusals": "; ".join(refusals)}
     if not ends:
-        status = f"kept: none of {tried} choices was faster"
+        status = f"kept: none of {tried} choices was faster, {len(refused)} were refused"
         return Result([_record(place, ask, status=status, **counts) for place in places if place.searched], ask)
     return _proven(ask, places, subjects, effort, list(ends), counts)
 
@@ -253,22 +255,19 @@ def _record(place: Place, ask: Ask | None, choice: Choice | None = None, **figur
 def store(file: Path, device: str, result: Result) -> None:
     """Replace a question's entry in the table of a device, or take it out where what was reasoned stands."""
     assert result.ask is not None
-    before = launch_table.read(file)
-    entries = [entry for entry in before if launch_table.from_json(entry)[0] != result.ask]
-    if result.choice is None and entries == before:
+    entries = launch_table.read(file)
+    if entries.pop(result.ask, None) is None and result.choice is None:
         return
     if result.choice is not None:
         now = records.environment()
-        entries.append(
-            {
-                **launch_table.to_json(result.ask, dict(result.choice)),
-                **{name: now[name] for name in ("date", "commit", "torch", "triton")},
-                "check": "within the error budget, the same bits twice, no more spills, on every shape",
-                "shapes": [_evidence(record) for record in result.records if record["status"] == "proposed"],
-            }
-        )
+        entries[result.ask] = {
+            **launch_table.to_json(result.ask, dict(result.choice)),
+            **{name: now[name] for name in ("date", "commit", "torch", "triton")},
+            "check": "within the error budget, the same bits twice, no more spills, on every shape",
+            "shapes": [_evidence(record) for record in result.records if record["status"] == "proposed"],
+        }
     file.parent.mkdir(parents=True, exist_ok=True)
-    records.replace(file, launch_table.text(device, sorted(entries, key=lambda entry: entry["kernel"])))
+    records.replace(file, launch_table.text(device, sorted(entries.values(), key=lambda entry: entry["kernel"])))
     launch_table.forget()
 
 

@@ -41,13 +41,13 @@ class Subject:
 
     def refusal(self, which: str, ask: Ask, choice: Choice) -> str | None:
         """Why a choice is none: it does not run, is wrong, not deterministic, or spills more than what was reasoned."""
-        answer = _instead(ask, choice)
+        answer, judge = _instead(ask, choice), self._judge
         try:
             with _spilled() as spills:
                 first = self._run(which, answer)
             again = self._run(which, answer)
             with _launching(answer):
-                errors = self._judge.errors(self.case.op.fn, gradients=self.case.op.differentiable)
+                errors = judge.errors(self.case.op.fn, gradients=self.case.op.differentiable)
         except Exception as error:  # of the compiler, of the launch, or a limit of the machine
             return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
         if which == FORWARD:

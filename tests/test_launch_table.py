@@ -167,21 +167,31 @@ ENTRY: dict[str, Any] = {
 
 
 def test_an_entry_is_what_was_asked_and_answered() -> None:
-    ask, choice = launch_table.from_json(json.loads(json.dumps(ENTRY)))
+    ask = launch_table.from_json(json.loads(json.dumps(ENTRY)))
     assert ask.operands == (torch.bfloat16, None, float)
-    assert launch_table.to_json(ask, choice) == ENTRY
+    assert launch_table.to_json(ask, ENTRY["measured"]) == ENTRY
 
 
 @pytest.mark.parametrize("measured", [{"BLOCK_N": 1}, {"BLOCK_N": 3, "num_warps": 8}, {"BLOCK_N": 0, "num_warps": 8}])
 def test_an_entry_that_cannot_be_launched_is_refused(measured: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"powers of two for what was reasoned, \['BLOCK_N', 'num_warps'\]"):
+    with pytest.raises(ValueError, match=r"powers of two for \['BLOCK_N', 'num_warps'\], got \{'BLOCK_N': [013]"):
         launch_table.from_json({**ENTRY, "measured": measured})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"entries": [{}]}', launch_table.text("A Device", [{**ENTRY, "operands": ["bfloat17"]}])],
+    ids=["empty", "a list", "no entries", "an empty entry", "an unknown dtype"],
+)
+def test_a_file_that_is_no_table_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a-device.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a-device\.json must be a table of launch parameters.* delete it"):
+        launch_table.read(tmp_path / "a-device.json")
 
 
 def test_every_table_of_the_package_can_be_read() -> None:
     for file in Path(launch_table.__file__).with_name("launches").glob("*.json"):
-        entries = launch_table.read(file)
-        assert len(dict(map(launch_table.from_json, entries))) == len(entries)
+        assert len(launch_table.read(file)) == len(json.loads(file.read_text())["entries"])
         assert launch_table.slug(json.loads(file.read_text())["device"]) == file.stem
 
 

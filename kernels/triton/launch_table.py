@@ -93,26 +93,35 @@ def to_json(ask: Ask, choice: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def from_json(entry: Mapping[str, Any]) -> tuple[Ask, dict[str, int]]:
-    """The question and the answer of an entry.
+def from_json(entry: Mapping[str, Any]) -> Ask:
+    """The question of an entry.
 
     Raises:
-        ValueError: if the answer has other parameters than the question, or any that is not a power of two.
+        ValueError: if what it measured are other parameters than were reasoned, or any is not a power of two.
     """
     kinds = {name: kind for kind, name in _NAMES.items()}
     operands = tuple(kinds[name] if name in kinds else getattr(torch, name) for name in entry["operands"])
     reasoned, choice = entry["reasoned"], entry["measured"]
     if reasoned.keys() != choice.keys() or not all(n > 0 and n & (n - 1) == 0 for n in choice.values()):
+        raise ValueError(f"what {entry['kernel']} measured must be powers of two for {list(reasoned)}, got {choice}")
+    return Ask(entry["kernel"], operands, tuple(reasoned.items()), tuple(entry["fixed"].items()))
+
+
+def read(file: Path) -> dict[Ask, dict[str, Any]]:
+    """The entries of a table by their questions; none where there is no file.
+
+    Raises:
+        ValueError: if the file is no table.
+    """
+    if not file.exists():
+        return {}
+    try:
+        return {from_json(entry): entry for entry in json.loads(file.read_text())["entries"]}
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"an entry must measure powers of two for what was reasoned, {list(reasoned)}; that of {entry['kernel']} "
-            f"has {choice}"
-        )
-    return Ask(entry["kernel"], operands, tuple(reasoned.items()), tuple(entry["fixed"].items())), choice
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """The entries of a table; none where there is no file."""
-    return json.loads(file.read_text())["entries"] if file.exists() else []
+            f"{file} must be a table of launch parameters, as `python -m braze.benchmarks tune OP --write` writes it; "
+            f"delete it, and write it anew ({type(error).__name__}: {error})"
+        ) from error
 
 
 def text(device: str, entries: Iterable[Mapping[str, Any]]) -> str:
@@ -132,8 +141,8 @@ def device_name(device: torch.device) -> str:
 def _table(device: torch.device) -> dict[str, dict[Ask, dict[str, int]]]:
     """By the kernel's name: most ask in vain, which this shows at once."""
     found: dict[str, dict[Ask, dict[str, int]]] = {}
-    for ask, choice in map(from_json, read(path(device_name(device)))):
-        found.setdefault(ask.kernel, {})[ask] = choice
+    for ask, entry in read(path(device_name(device))).items():
+        found.setdefault(ask.kernel, {})[ask] = entry["measured"]
     return found
 
 
