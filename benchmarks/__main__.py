@@ -32,6 +32,7 @@ COMMANDS = {
     "models": "time a training step and inference of whole models: vanilla, compiled, Liger-Kernel, braze, Lightning",
     "scaling": "how time and memory grow with rows, row length, vocabulary, sequence and width, against the roofline",
     "zoo": "fuse every kind of model, against an independent count of its joints",
+    "tune": "search a GPU's best launch parameters of operators, and write them where the kernels read them",
     "compare": "which operators became slower or faster since a commit",
     "report": "one HTML page and a Markdown summary from the files that --json wrote",
     "gpu": "make gpu: the contract and the timings on a machine with a GPU and perhaps no network",

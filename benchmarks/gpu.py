@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import io
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +29,8 @@ NEEDED = ("triton", "pytest", "hypothesis", "rich", "numpy")
 
 CONTRACT = "triton or same_input or second_derivatives or retained_graph"
 LARGE = "more_elements_than_32_bits"
+#: Bound by memory, each in another way: rows in registers, rows read in blocks, nothing but elements.
+TUNED = ("rms_norm", "cross_entropy", "glu")
 #: Flags of pytest where a plugin that pyproject.toml configures is not installed.
 WITHOUT_TIMEOUT = ["-o", "addopts=", "-W", "ignore::pytest.PytestConfigWarning"]
 
@@ -49,11 +50,13 @@ def run(arguments: argparse.Namespace) -> None:
     environment = _environment()
     torch = _torch()
     device = _device(environment) if torch else ""
-    results = ROOT / "benchmarks" / "results" / (slug(device) if device else "no-gpu")
     if not torch:
         sys.exit(f"make gpu: {sys.executable} has no torch; set PYTHON to one that has torch>=2.11 and triton>=3.6")
+    from braze.kernels.triton.launch_table import slug
+
     from . import budget
 
+    results = ROOT / "benchmarks" / "results" / (slug(device) if device else "no-gpu")
     unpacked = [] if arguments.dry_run or not device else unpack(sorted(WHEELS.glob("*.whl")), BUILD / "wheels")
     steps = unpacked + plan(results, arguments.quick, max(1.0, arguments.seconds / SECONDS))
     for step in steps:
@@ -119,6 +122,7 @@ def plan(results: Path, quick: bool, stretch: float = 1.0) -> list:
         *(benchmark(name, limit, *words) for name, (limit, words) in ends.items()),
         *map(operator, others),
         *(benchmark(name, limit, *words) for name, (limit, words) in later.items()),
+        *(benchmark("tune", 90, name, file=f"tune-{name}") for name in TUNED),
         tests("contract, compiled", 600, contract, "-k", f"not ({CONTRACT} or {LARGE})"),
     ]  # fmt: skip
 
@@ -156,11 +160,6 @@ def problem(command: list[str]) -> str | None:
     except (SystemExit, ImportError) as error:
         return "cannot run: " + (said.getvalue().strip().split("\n")[-1] or str(error))
     return None
-
-
-def slug(device: str) -> str:
-    """The device's name as that of a folder."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _plugins() -> list[str]:

@@ -67,9 +67,8 @@ def measure(
     also: Mapping[str, Provider] | None = None,
 ) -> list[Record]:
     """Time all providers of one case that are right, after a look at their results; ``also`` these further ones."""
-    needed, free = TRUTH_COPIES * case.least_bytes(FORWARD, itemsize=8), memory.available(case.device)
-    if needed > free:
-        status = f"skipped: the float64 truth needs about {needed / 1e9:.0f} GB, there are {free / 1e9:.0f}"
+    status = no_room(case)
+    if status:
         return [case.record(which, BASELINE, status=status) for which in case.passes()]
     call = case.call()
     judge = Judge(case.op, call)
@@ -87,6 +86,14 @@ def measure(
             own_clocks = clocks or timing.clocks_for(case.device)
             records += _pass(case, which, call, judge.cotangents, contestants, effort, own_clocks, ceilings)
     return records
+
+
+def no_room(case: Case) -> str | None:
+    """Why the truth about a case cannot be known here."""
+    needed, free = TRUTH_COPIES * case.least_bytes(FORWARD, itemsize=8), memory.available(case.device)
+    if needed > free:
+        return f"skipped: the float64 truth needs about {needed / 1e9:.0f} GB, there are {free / 1e9:.0f}"
+    return None
 
 
 @contextmanager

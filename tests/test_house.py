@@ -200,12 +200,16 @@ def test_wheel_holds_every_package_and_its_types(tmp_path: Path) -> None:
         copy = source / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
+    table = "kernels/triton/launches/a-device.json"
+    (source / table).parent.mkdir(exist_ok=True)
+    (source / table).write_text('{"device": "A Device", "entries": []}')
     done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     assert {"braze/" + str(path.relative_to(ROOT)) for path in SOURCES} <= held
     assert {f"braze/{package}/py.typed" for package in PACKAGES} <= held
+    assert f"braze/{table}" in held
     assert "braze/__init__.py" not in held  # braze is a namespace
     assert not any(name.startswith(("tests/", "kernels/")) for name in held)
 

@@ -107,6 +107,12 @@ SECTIONS = (
             "What the kernels should take on GPUs that have not been seen: launches, and bytes over a ceiling that is "
             "assumed. For a model, an optimizer's step of its parameters. Not measured.",
             (OP, MODEL, SHAPE, PASS, DTYPE, Column("predicted_us", "predicted µs"))),
+    Section("tune", "Launch parameters",
+            "What was reasoned out against what a search on this GPU ended with, and what became of that.",
+            (Column("kernel", "kernel"), OP, SHAPE, PASS, DTYPE, Column("fixed", "constants"),
+             Column("reasoned", "reasoned"), Column("measured", "measured"), Column("reasoned_ms", "reasoned, ms"),
+             Column("measured_ms", "measured, ms"),
+             Column("ratio", "time ÷ reasoned (95 %)", thousandths, ("ratio_low", "ratio_high")), STATUS)),
     Section("zoo", "Fusing models", "Joints that fuse found and swapped, against an independent count.",
             (MODEL, Column("found", "counted"), Column("swapped", "swapped"), Column("missed", "missed"),
              Column("right", "right"), Column("unfuse_equal", "unfuse gives every bit back"),

@@ -69,8 +69,8 @@ def forward(x, bias, *, activation: str):
     x_rows = rows(x)
     N, D = x_rows.shape
     if x.numel():
-        grid, meta = column_tiles(N, D, x.device, operands=1)
-        launch(_forward, grid, x_rows, contiguous(bias), y, x_rows.stride(0), N, D, ACTIVATION=activation, **meta)
+        grid, meta = column_tiles(_forward, (x_rows, bias), N, D, read=1, ACTIVATION=activation)
+        launch(_forward, grid, x_rows, contiguous(bias), y, x_rows.stride(0), N, D, **meta)
     return y, (x, bias)
 
 
@@ -79,12 +79,11 @@ def backward(grads, saved, needs, *, activation: str):
     x, bias = saved
     dy_rows, x_rows = rows(grads[0]), rows(x)
     N, D = x_rows.shape
-    grid, meta = column_tiles(N, D, x.device, operands=2)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
+    grid, meta = column_tiles(_backward, (dy_rows, x_rows, bias, dx), N, D, read=2, ACTIVATION=activation)
     partial = torch.empty(grid[1], D, dtype=torch.float32, device=x.device) if needs[1] else None
     if x.numel():
         launch(_backward, grid,
-            dy_rows, x_rows, contiguous(bias), dx, partial, dy_rows.stride(0), x_rows.stride(0), N, D,
-            ACTIVATION=activation, **meta,
+            dy_rows, x_rows, contiguous(bias), dx, partial, dy_rows.stride(0), x_rows.stride(0), N, D, **meta
         )  # fmt: skip
     return dx, None if partial is None else column_sum(partial, bias.dtype)

@@ -143,15 +143,15 @@ def forward(x, target, weight=None, positive_weight=None, *, reduction: str, **o
     """Return the losses, or their sum or mean, and what the backward pass needs: the inputs themselves."""
     view = _view(x, target, weight, positive_weight)
     dtype = torch.promote_types(x.dtype, target.dtype)
-    (tiles,), meta = elementwise_tiles(view.N, view.D) if x.numel() else ((0,), {})
     reduced = reduction != "none"
+    (tiles,), meta = _tiles(_forward, view, reduced, **options) if x.numel() else ((0,), {})
     if reduced:
         tiles = min(tiles, 8 * multiprocessors(x.device))
         out = torch.empty(tiles, dtype=torch.float32, device=x.device)
     else:
         out = view.like(x, dtype)
     if tiles:
-        launch(_forward, (tiles,), *view.operands, out, *view.sizes, **_constants(**options), REDUCED=reduced, **meta)
+        launch(_forward, (tiles,), *view.operands, out, *view.sizes, **meta)
     loss = out.sum() if reduced else out
     if reduction == "mean":
         loss = loss / x.numel()
@@ -164,25 +164,28 @@ def backward(grads, saved, needs, *, reduction: str, **options):
     view = _view(x, target, *weights)
     dx = view.like(x, x.dtype)
     if x.numel():
-        grid, meta = elementwise_tiles(view.N, view.D)
+        grid, meta = _tiles(_backward, view, reduction != "none", **options)
         grad = grads[0].permute(view.order).contiguous() if reduction == "none" else grads[0]
         launch(_backward, grid,
-            grad, *view.operands, dx, float(x.numel()) if reduction == "mean" else 1.0, *view.sizes,
-            **_constants(**options), REDUCED=reduction != "none", **meta,
+            grad, *view.operands, dx, float(x.numel()) if reduction == "mean" else 1.0, *view.sizes, **meta
         )  # fmt: skip
     return (dx, *[None] * (len(needs) - 1))
 
 
-def _constants(*, alpha: float | None = None, gamma: float = 0.0, label_smoothing: float = 0.0) -> dict:
-    """Options as kernels take them: None switches a part off."""
+def _tiles(
+    kernel, view: _View, reduced: bool, *, alpha: float | None = None, gamma: float = 0.0, label_smoothing: float = 0.0
+) -> tuple[tuple[int], dict]:
+    """Grid, and options as kernels take them: None switches a part off."""
     whole = math.floor(gamma)
-    return {
+    options = {
         "alpha": alpha,
         "gamma": gamma or None,
         "fraction": gamma - whole or None,
         "smoothing": label_smoothing or None,
-        "WHOLE": whole,
     }
+    operands = (*view.operands, *options.values())
+    grid, meta = elementwise_tiles(kernel, operands, view.N, view.D, WHOLE=whole, REDUCED=reduced)
+    return grid, {**options, **meta}
 
 
 class _View(NamedTuple):

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .activations import act
 from .launch import contiguous, launch, multiprocessors
+from .launch_table import measured
 
 TILE = 4096
 LINE = 64
@@ -247,23 +248,24 @@ def laid_out(x: Tensor, last: bool) -> Tensor:
 
 def moments(x: Tensor, view: View) -> tuple[Tensor, Tensor]:
     """The mean and the variance (with divisor the number of elements) of each sample's groups, float32 [B, C / K]."""
-    B, R, C, S, K, last = view
+    B, R, C, S, K, _ = view
     mean, var = (torch.empty(B, C // K, dtype=torch.float32, device=x.device) for _ in range(2))
-    grid, meta = _programs(view, x.device)
+    grid, meta = _programs(_moments, (x,), view)
     partial = _runs(3, view, grid[1], x.device)
     where = (partial[0].numel(), partial.shape[-1])
-    launch(_moments, grid, x, partial, *where, R, C, S, K, LAST=last, **meta)
-    launch(_merge_moments, (mean.numel(),), partial, mean, var, *where, grid[1] * K, **_merging(grid[1] * K))
+    launch(_moments, grid, x, partial, *where, R, C, S, K, **meta)
+    meta = _merging(_merge_moments, (partial,), grid[1] * K)
+    launch(_merge_moments, (mean.numel(),), partial, mean, var, *where, grid[1] * K, **meta)
     return mean, var
 
 
 def normalize(x, residual, weight, bias, mean, var, view: View, *, eps: float, activation: Activation) -> Tensor:
     """act((x − μ)/√(σ² + ε)·w + b + residual), laid out as x."""
-    _, R, C, S, K, last = view
+    _, R, C, S, K, _ = view
     y = torch.empty_like(x)
-    grid, meta = _programs(view, x.device)
     pointers = (x, residual, contiguous(weight), contiguous(bias), mean, var, y)
-    launch(_normalize, grid, *pointers, R, C, S, K, eps, **constants(activation), LAST=last, **meta)
+    grid, meta = _programs(_normalize, pointers, view, **constants(activation))
+    launch(_normalize, grid, *pointers, R, C, S, K, eps, **meta)
     return y
 
 
@@ -276,12 +278,12 @@ class Sums(NamedTuple):
 
 def sums(dy, x, residual, weight, bias, mean, var, view: View, *, eps: float, activation: Activation) -> Sums:
     """What the gradients of weight and bias, and those of the statistics, follow from."""
-    _, R, C, S, K, last = view
-    grid, meta = _programs(view, x.device)
+    _, R, C, S, K, _ = view
+    pointers = (dy, x, residual, contiguous(weight), contiguous(bias), mean, var)
+    grid, meta = _programs(_sums, pointers, view, **constants(activation))
     partial = _runs(2, view, grid[1], x.device)
-    pointers = (dy, x, residual, contiguous(weight), contiguous(bias), mean, var, partial)
     where = (partial[0].numel(), partial.shape[-1])
-    launch(_sums, grid, *pointers, *where, R, C, S, K, eps, **constants(activation), LAST=last, **meta)
+    launch(_sums, grid, *pointers, partial, *where, R, C, S, K, eps, **meta)
     return Sums(partial, grid[1] * K)
 
 
@@ -291,7 +293,8 @@ def group_means(sums: Sums, weight, view: View, elements: int) -> Tensor:
     means = torch.empty(partial.shape[:-1], dtype=torch.float32, device=partial.device)
     pointers = (partial, contiguous(weight), means[0], means[1])
     where = (partial[0].numel(), partial.shape[-1], found)
-    launch(_merge_sums, (means[0].numel(),), *pointers, *where, view.C, view.K, elements, **_merging(found))
+    meta = _merging(_merge_sums, (partial, weight), found)
+    launch(_merge_sums, (means[0].numel(),), *pointers, *where, view.C, view.K, elements, **meta)
     return means
 
 
@@ -313,13 +316,13 @@ def gradient(
     dy, x, residual, weight, bias, mean, var, means, view: View, needs, *, eps: float, activation: Activation
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and residual; ``means`` is None where the statistics do not depend on x."""
-    _, R, C, S, K, last = view
+    _, R, C, S, K, _ = view
     dx = torch.empty_like(x) if needs[0] else None
     dresidual = torch.empty_like(residual) if needs[1] else None
     mean_gn, mean_g = (None, None) if means is None else means
-    grid, meta = _programs(view, x.device)
     pointers = (dy, x, residual, contiguous(weight), contiguous(bias), mean, var, mean_gn, mean_g, dx, dresidual)
-    launch(_gradient, grid, *pointers, R, C, S, K, eps, **constants(activation), LAST=last, **meta)
+    grid, meta = _programs(_gradient, pointers, view, **constants(activation))
+    launch(_gradient, grid, *pointers, R, C, S, K, eps, **meta)
     return dx, dresidual
 
 
@@ -328,8 +331,8 @@ def constants(activation: Activation) -> dict[str, Any]:
     return dict(zip(("ACTIVATION", "SLOPE"), activation, strict=True))
 
 
-def _programs(view: View, device: torch.device) -> tuple[tuple[int, int], dict[str, int]]:
-    """Samples × blocks of channels, and the parts that walk over the tiles of each; the tile."""
+def _programs(kernel, operands, view: View, **which: Any) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Samples × blocks of channels, and the parts that walk over the tiles of each; a kernel's constants."""
     B, R, C, S, _, last = view
     if last:
         BLOCK_C = min(LINE, triton.next_power_of_2(C))
@@ -337,10 +340,12 @@ def _programs(view: View, device: torch.device) -> tuple[tuple[int, int], dict[s
     else:
         BLOCK_S = min(TILE, triton.next_power_of_2(S))
         BLOCK_C = min(TILE // BLOCK_S, triton.next_power_of_2(C))
-    blocks = B * triton.cdiv(C, BLOCK_C)
-    parts = min(R * triton.cdiv(S, BLOCK_S), triton.cdiv(4 * multiprocessors(device), blocks))
     num_warps = min(8, max(1, BLOCK_C * BLOCK_S // 512))
-    return (blocks, parts), {"BLOCK_C": BLOCK_C, "BLOCK_S": BLOCK_S, "num_warps": num_warps}
+    free = {"BLOCK_C": BLOCK_C, "BLOCK_S": BLOCK_S, "num_warps": num_warps, "programs": 4}
+    meta = measured(kernel, operands, free, LAST=last, **which)
+    blocks = B * triton.cdiv(C, meta["BLOCK_C"])
+    wanted = meta.pop("programs") * multiprocessors(operands[0].device)
+    return (blocks, min(R * triton.cdiv(S, meta["BLOCK_S"]), triton.cdiv(wanted, blocks))), meta
 
 
 def _runs(planes: int, view: View, parts: int, device: torch.device) -> Tensor:
@@ -350,7 +355,7 @@ def _runs(planes: int, view: View, parts: int, device: torch.device) -> Tensor:
     )
 
 
-def _merging(found: int) -> dict[str, int]:
+def _merging(kernel, operands, found: int) -> dict[str, Any]:
     """Accesses of four elements by each thread of a warp, of 64 threads too."""
     BLOCK = min(1024, max(256, triton.next_power_of_2(found)))
-    return {"BLOCK": BLOCK, "num_warps": BLOCK // 256}
+    return measured(kernel, operands, {"BLOCK": BLOCK, "num_warps": BLOCK // 256})

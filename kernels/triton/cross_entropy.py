@@ -15,12 +15,15 @@ Rows shorter than a block share a program; the logits of ignored rows are not re
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .activations import tanh
 from .launch import contiguous, launch, rows
+from .launch_table import measured
 
 MAX_BLOCK = 4_096
 
@@ -169,11 +172,11 @@ def _launch_forward(
     losses, row_weights = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
     peaks, log_sums = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
     if x.numel():
-        BLOCK_N, BLOCK_V, num_warps = block(V)
-        launch(_forward, (triton.cdiv(N, BLOCK_N),),
+        operands = (logits, target, weight, softcap, z_loss or None)
+        meta = block(_forward, operands, V, SMOOTHED=label_smoothing != 0.0)
+        launch(_forward, (triton.cdiv(N, meta["BLOCK_N"]),),
             logits, target.contiguous(), contiguous(weight), losses, row_weights if weighs_rows else None,
-            peaks, log_sums, logits.stride(0), N, V, ignore_index, label_smoothing, softcap, z_loss or None,
-            SMOOTHED=label_smoothing != 0.0, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, num_warps=num_warps,
+            peaks, log_sums, logits.stride(0), N, V, ignore_index, label_smoothing, softcap, z_loss or None, **meta,
         )  # fmt: skip
     return losses, row_weights, peaks, log_sums
 
@@ -186,16 +189,17 @@ def _launch_backward(
     N, V = logits.shape
     weight_sum = weight.sum(dtype=torch.float32) if weight is not None and label_smoothing else None
     if x.numel():
-        BLOCK_N, BLOCK_V, num_warps = block(V)
-        launch(_backward, (triton.cdiv(N, BLOCK_N), triton.cdiv(V, BLOCK_V)),
+        operands = (logits, target, weight, softcap, z_loss or None)
+        meta = block(_backward, operands, V, SMOOTHED=label_smoothing != 0.0)
+        launch(_backward, (triton.cdiv(N, meta["BLOCK_N"]), triton.cdiv(V, meta["BLOCK_V"])),
             grad, logits, target.contiguous(), contiguous(weight), peaks, log_sums, weight_sum, normalizer, dx,
             grad.stride(0) if grad.dim() else 0, logits.stride(0), N, V,
-            ignore_index, label_smoothing, softcap, z_loss or None,
-            SMOOTHED=label_smoothing != 0.0, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, num_warps=num_warps,
+            ignore_index, label_smoothing, softcap, z_loss or None, **meta,
         )  # fmt: skip
 
 
-def block(V: int) -> tuple[int, int, int]:
-    """Rows and logits of a block of about MAX_BLOCK elements, and the warps that work on it."""
+def block(kernel, operands, V: int, **which) -> dict[str, Any]:
+    """Rows and logits of a block of about MAX_BLOCK elements, the warps that work on it, and the other constants."""
     BLOCK_V = min(triton.next_power_of_2(V), MAX_BLOCK)
-    return MAX_BLOCK // BLOCK_V, BLOCK_V, 8
+    free = {"BLOCK_N": MAX_BLOCK // BLOCK_V, "BLOCK_V": BLOCK_V, "num_warps": 8}
+    return measured(kernel, operands, free, **which)

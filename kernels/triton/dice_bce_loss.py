@@ -112,13 +112,14 @@ def forward(x, target, *, reduction: str, dice_weight: float, bce_weight: float,
     losses = torch.empty(R, dtype=torch.float32, device=x.device)
     slopes = torch.empty(2, R, dtype=torch.float32, device=x.device)
     if R:
-        _, meta = elementwise_tiles(R, max(1, D))
+        operands = (logits, truth)
+        _, meta = elementwise_tiles(_forward, operands, R, max(1, D), WITH_BCE=bce_weight != 0.0)
         blocks = triton.cdiv(R, meta["BLOCK_N"])
         # Eight programs of 4 warps fill a multiprocessor; a program that reads one tile is mostly start and end.
         most = triton.cdiv(8 * multiprocessors(x.device), blocks)
         P = max(1, min(triton.cdiv(D, 4 * meta["BLOCK_D"]), most))
         partial = torch.empty(4 if bce_weight else 3, P, R, dtype=torch.float32, device=x.device)
-        launch(_forward, (blocks, P), logits, truth, partial, P * R, R, D, WITH_BCE=bce_weight != 0.0, **meta)
+        launch(_forward, (blocks, P), logits, truth, partial, P * R, R, D, **meta)
         launch(_finish, (triton.cdiv(R, 32),),
             partial, losses, slopes, P * R, R, P, D, dice_weight, bce_weight or None, smooth,
             BLOCK_P=32, BLOCK_R=32, num_warps=4,
@@ -137,7 +138,7 @@ def backward(grads, saved, needs, *, reduction: str, dice_weight: float, bce_wei
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad = grads[0]
     if x.numel():
-        grid, meta = elementwise_tiles(R, D)
+        grid, meta = elementwise_tiles(_backward, (logits, truth, bce_weight or None), R, D)
         launch(_backward, grid,
             grad, logits, truth, slopes, dx, grad.stride(0) if grad.dim() else 0,
             float(R) if reduction == "mean" else 1.0, R, D, bce_weight or None, **meta,

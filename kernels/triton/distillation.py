@@ -28,9 +28,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .cross_entropy import block
 from .launch import launch, rows
-
-MAX_BLOCK = 4_096
 
 
 @triton.jit
@@ -163,17 +162,16 @@ def losses_and_gradient(x, z, scale, *, divergence: str, beta: float, temperatur
     N, V = x.shape
     z = rows(z)
     losses, pulls, *statistics = torch.empty(6, N, dtype=torch.float32, device=x.device).unbind()
-    BLOCK_V = min(triton.next_power_of_2(V), MAX_BLOCK)
-    BLOCK_N = MAX_BLOCK // BLOCK_V
     student, teacher = (x, statistics[:2]), (z, statistics[2:])
     # The one whose probabilities weigh the terms of a KL divergence comes first.
     (a, of_a), (b, of_b) = (student, teacher) if divergence == "reverse_kl" else (teacher, student)
-    meta = {"DIVERGENCE": divergence, "BLOCK_N": BLOCK_N, "BLOCK_V": BLOCK_V, "num_warps": 8}
-    launch(_forward, (triton.cdiv(N, BLOCK_N),),
+    meta = block(_forward, (a, b), V, DIVERGENCE=divergence)
+    launch(_forward, (triton.cdiv(N, meta["BLOCK_N"]),),
         a, b, losses, pulls, *of_a, *of_b, a.stride(0), b.stride(0), N, V, 1.0 / temperature, beta, **meta,
     )  # fmt: skip
     if scale is not None:
-        launch(_backward, (triton.cdiv(N, BLOCK_N), triton.cdiv(V, BLOCK_V)),
+        meta = block(_backward, (x, z), V, DIVERGENCE=divergence)
+        launch(_backward, (triton.cdiv(N, meta["BLOCK_N"]), triton.cdiv(V, meta["BLOCK_V"])),
             scale, x, z, pulls, *statistics, scale.stride(0), x.stride(0), z.stride(0), N, V,
             1.0 / temperature, beta, **meta,
         )  # fmt: skip

@@ -79,6 +79,6 @@ def _launch(x: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
     if x.numel():
         x_rows = rows(x)
         N, D = x_rows.shape
-        grid, meta = elementwise_tiles(N, D)
+        grid, meta = elementwise_tiles(_dropout, (x_rows,), N, D)
         launch(_dropout, grid, x_rows, seed, y, x_rows.stride(0), N, D, threshold, scale, **meta)
     return y

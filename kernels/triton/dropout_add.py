@@ -66,7 +66,7 @@ def forward(x, residual, bias, seed, *, threshold: int, scale: float):
     x_rows, residual_rows = rows(x), rows(residual)
     N, D = x_rows.shape
     if x.numel():
-        grid, meta = column_tiles(N, D, x.device, operands=2)
+        grid, meta = column_tiles(_forward, (x_rows, residual_rows, bias, seed), N, D, read=2)
         launch(_forward, grid,
             x_rows, residual_rows, contiguous(bias), seed, y, x_rows.stride(0), residual_rows.stride(0), N, D,
             threshold, scale, **meta,
@@ -80,9 +80,9 @@ def backward(grads, saved, needs, *, threshold: int, scale: float):
     dy = grads[0]
     dy_rows = rows(dy)
     N, D = dy_rows.shape
-    grid, meta = column_tiles(N, D, dy.device, operands=1)
     written = needs[0] and not (seed is None and x.dtype == dy.dtype)
     dx = torch.empty(dy.shape, dtype=x.dtype, device=dy.device) if written else None
+    grid, meta = column_tiles(_backward, (dy_rows, seed, dx, bias), N, D, read=1)
     partial = torch.empty(grid[1], D, dtype=torch.float32, device=dy.device) if needs[2] else None
     if dy.numel() and (written or needs[2]):
         launch(_backward, grid, dy_rows, seed, dx, partial, dy_rows.stride(0), N, D, threshold, scale, **meta)

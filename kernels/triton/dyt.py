@@ -81,7 +81,7 @@ def forward(x, alpha, weight, bias):
     x_rows = rows(x)
     N, D = x_rows.shape
     if x.numel():
-        grid, meta = column_tiles(N, D, x.device, operands=1)
+        grid, meta = column_tiles(_forward, (x_rows, alpha, weight, bias), N, D, read=1)
         launch(_forward, grid,
             x_rows, alpha, contiguous(weight), contiguous(bias), y, x_rows.stride(0), N, D, **meta
         )  # fmt: skip
@@ -93,7 +93,8 @@ def backward(grads, saved, needs):
     x, alpha, weight, bias = saved
     dy_rows, x_rows = rows(grads[0]), rows(x)
     N, D = x_rows.shape
-    grid, meta = column_tiles(N, D, x.device, operands=2)
+    operands = (dy_rows, x_rows, alpha, weight, *(t if need else None for t, need in zip(saved, needs, strict=True)))
+    grid, meta = column_tiles(_backward, operands, N, D, read=2)
     blocks, programs = grid
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
     partial = [

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import group_sum, groups, launch, multiprocessors, partial_sums, programs, rows
+from .launch_table import measured
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def forward(residual, x, gate):
     h = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
     if x.numel():
         inputs = [rows(t) for t in (residual, x, gate)]
-        G, T, D, P, column_blocks, meta = _blocks(inputs[1], gate, 4)
+        G, T, D, P, column_blocks, meta = _blocks(_forward, inputs, gate, 4)
         strides = [t.stride(0) for t in inputs]
         launch(_forward, (P * G, column_blocks), *inputs, h, *strides, P, T, D, **meta)
     return h, (x, gate)
@@ -76,27 +77,22 @@ def backward(grads, saved, needs):
     if x.numel() == 0:
         return dh, torch.zeros_like(x), torch.zeros_like(gate)
     inputs = [rows(t) for t in (dh, x, gate)]
-    G, T, D, P, column_blocks, meta = _blocks(inputs[1], gate, 2)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[1] else None
+    G, T, D, P, column_blocks, meta = _blocks(_backward, [*inputs, dx], gate, 2)
     partial = partial_sums(gate, P) if needs[2] else None
     strides = [t.stride(0) for t in inputs]
     launch(_backward, (P * G, column_blocks), *inputs, dx, partial, *strides, P, T, D, **meta)
     return dh, dx, None if partial is None else group_sum(partial, gate)
 
 
-def _blocks(x_rows, gate, per_multiprocessor: int):
+def _blocks(kernel, operands, gate, per_multiprocessor: int):
     """Groups, rows of one and columns; programs for a group and blocks of columns; and the sizes of a block."""
-    N, D = x_rows.shape
+    N, D = operands[1].shape
     G, T = groups(N, D, gate)
     BLOCK_D = min(2048 if T == 1 else 256, triton.next_power_of_2(D))
     BLOCK_N = min(4096 // BLOCK_D, triton.next_power_of_2(T))
-    column_blocks = triton.cdiv(D, BLOCK_D)
-    P = programs(T, BLOCK_N, per_multiprocessor * multiprocessors(x_rows.device), G * column_blocks)
-    return (
-        G,
-        T,
-        D,
-        P,
-        column_blocks,
-        {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": max(1, BLOCK_N * BLOCK_D // 512)},
-    )
+    free = {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": max(1, BLOCK_N * BLOCK_D // 512)}
+    meta = measured(kernel, operands, {**free, "programs": per_multiprocessor})
+    column_blocks = triton.cdiv(D, meta["BLOCK_D"])
+    wanted = meta.pop("programs") * multiprocessors(operands[0].device)
+    return G, T, D, programs(T, meta["BLOCK_N"], wanted, G * column_blocks), column_blocks, meta

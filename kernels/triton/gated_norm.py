@@ -22,6 +22,7 @@ import triton.language as tl
 
 from .activations import act
 from .launch import column_sum, contiguous, launch, multiprocessors, programs, rows
+from .launch_table import measured
 from .norm import LONG_BLOCK, tile
 
 #: Here the backward pass spills up to 72 bytes a thread on NVIDIA; to read the row twice would move 60 % more.
@@ -205,17 +206,19 @@ def forward(x, gate, weight, *, eps: float, activation: str, norm_before_gate: b
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(N, K, dtype=torch.float32, device=x.device)
     pointers = (x_rows, z_rows, contiguous(weight), y, rstd, x_rows.stride(0), z_rows.stride(0))
+    operands = (x_rows, z_rows, weight)
     which = {"BEFORE": norm_before_gate, "ACTIVATION": activation}
     if x.numel() == 0:
         pass
     elif D <= MAX_TILE:
         BLOCK_N, BLOCK_D, num_warps = tile(D)
-        P = programs(N, BLOCK_N, 4 * multiprocessors(x.device), K)
-        launch(_forward, (P * K,),
-            *pointers, P, N, K, D, eps, **which, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=num_warps,
-        )  # fmt: skip
+        free = {"BLOCK_N": BLOCK_N, "num_warps": num_warps, "programs": 4}
+        meta = measured(_forward, operands, free, BLOCK_D=BLOCK_D, **which)
+        P = programs(N, meta["BLOCK_N"], meta.pop("programs") * multiprocessors(x.device), K)
+        launch(_forward, (P * K,), *pointers, P, N, K, D, eps, **meta)
     else:
-        launch(_forward_long, (N * K,), *pointers, K, D, eps, **which, BLOCK_D=LONG_BLOCK, num_warps=8)
+        meta = measured(_forward_long, operands, {"BLOCK_D": LONG_BLOCK, "num_warps": 8}, **which)
+        launch(_forward_long, (N * K,), *pointers, K, D, eps, **meta)
     return y, (x, gate, weight, rstd)
 
 
@@ -233,19 +236,27 @@ def backward(grads, saved, needs, *, eps: float, activation: str, norm_before_ga
     BLOCK_N, BLOCK_D, num_warps = (1, LONG_BLOCK, 8) if long else tile(D)
     if BLOCK_N > 1:
         BLOCK_N, num_warps = BLOCK_N // 2, num_warps // 2
-    column_blocks = K * triton.cdiv(D, BLOCK_D)
-    P = programs(N, BLOCK_N, 2 * multiprocessors(x.device), column_blocks)
+    operands = (dy, x_rows, z_rows, weight)
+    which = {"BEFORE": norm_before_gate, "ACTIVATION": activation}
+    if long:
+        free = {"BLOCK_D": BLOCK_D, "num_warps": num_warps, "programs": 2}
+        meta = measured(_backward_long, operands, free, **which)
+    else:
+        free = {"BLOCK_N": BLOCK_N, "num_warps": num_warps, "programs": 2}
+        meta = measured(_backward, operands, free, BLOCK_D=BLOCK_D, **which)
+    column_blocks = K * triton.cdiv(D, meta["BLOCK_D"])
+    P = programs(N, meta.get("BLOCK_N", 1), meta.pop("programs") * multiprocessors(x.device), column_blocks)
     partial = torch.empty(P, K * D, dtype=torch.float32, device=x.device) if needs[2] else None
     pointers = (dy, x_rows, z_rows, contiguous(weight), rstd)
     strides = (x_rows.stride(0), z_rows.stride(0))
-    meta = {"BEFORE": norm_before_gate, "ACTIVATION": activation, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
     if x.numel() == 0:
         if partial is not None:
             partial.zero_()
     elif long:
         mean_gn = torch.empty(N, K, dtype=torch.float32, device=x.device)
-        launch(_row_means_long, (N * K,), *pointers, mean_gn, *strides, K, D, **meta)
+        means = measured(_row_means_long, operands, {"BLOCK_D": BLOCK_D, "num_warps": num_warps}, **which)
+        launch(_row_means_long, (N * K,), *pointers, mean_gn, *strides, K, D, **means)
         launch(_backward_long, (column_blocks, P), *pointers, mean_gn, dx, dz, partial, *strides, N, K, D, **meta)
     else:
-        launch(_backward, (P * K,), *pointers, dx, dz, partial, *strides, P, N, K, D, BLOCK_N=BLOCK_N, **meta)
+        launch(_backward, (P * K,), *pointers, dx, dz, partial, *strides, P, N, K, D, **meta)
     return dx, dz, None if partial is None else column_sum(partial, weight.dtype)

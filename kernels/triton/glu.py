@@ -108,15 +108,13 @@ def _halves(x: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
 def _launch_forward(gate: Tensor, up: Tensor, y: Tensor, activation: str) -> None:
     if gate.numel():
         N, D = gate.shape
-        grid, meta = elementwise_tiles(N, D)
-        launch(_forward, grid, gate, up, y, gate.stride(0), up.stride(0), N, D, ACTIVATION=activation, **meta)
+        grid, meta = elementwise_tiles(_forward, (gate, up), N, D, ACTIVATION=activation)
+        launch(_forward, grid, gate, up, y, gate.stride(0), up.stride(0), N, D, **meta)
 
 
 def _launch_backward(dy, gate, up, dgate, dup, gradient_stride: int, activation: str) -> None:
     if gate.numel():
         N, D = gate.shape
-        grid, meta = elementwise_tiles(N, D)
-        launch(_backward, grid,
-            dy, gate, up, dgate, dup, dy.stride(0), gate.stride(0), up.stride(0), gradient_stride, N, D,
-            ACTIVATION=activation, **meta,
-        )  # fmt: skip
+        grid, meta = elementwise_tiles(_backward, (dy, gate, up, dgate, dup), N, D, ACTIVATION=activation)
+        strides = (dy.stride(0), gate.stride(0), up.stride(0), gradient_stride)
+        launch(_backward, grid, dy, gate, up, dgate, dup, *strides, N, D, **meta)

@@ -27,6 +27,7 @@ from torch import Tensor
 from . import channel_norm
 from .channel_norm import Activation, View, activate
 from .launch import column_sum, contiguous, launch, multiprocessors
+from .launch_table import measured
 
 MAX_TILE = 16_384
 
@@ -106,10 +107,10 @@ def forward(x, weight, bias, *, num_groups: int, eps: float, activation: Activat
         N, _, C, S, K, _ = view
         y = torch.empty_like(laid)
         mean, var = (torch.empty(N, num_groups, dtype=torch.float32, device=x.device) for _ in range(2))
-        grid = (num_groups, min(N, triton.cdiv(4 * multiprocessors(x.device), num_groups)))
+        programs, meta = _programs(_forward, (laid, weight, bias), view, 4, **channel_norm.constants(activation))
         pointers = (laid, contiguous(weight), contiguous(bias), y, mean, var)
         if x.numel():
-            launch(_forward, grid, *pointers, N, C, S, K, eps, **channel_norm.constants(activation), **_tile(view))
+            launch(_forward, (num_groups, programs), *pointers, N, C, S, K, eps, **meta)
     else:
         mean, var = channel_norm.moments(laid, view)
         y = channel_norm.normalize(laid, None, weight, bias, mean, var, view, eps=eps, activation=activation)
@@ -133,13 +134,12 @@ def backward(grads, saved, needs, *, num_groups: int, eps: float, activation: Ac
 def _backward_of_whole_groups(dy, x, weight, bias, mean, var, view: View, needs, *, eps: float, activation: Activation):
     N, _, C, S, K, _ = view
     dx = torch.empty_like(x) if needs[0] else None
-    grid = (C // K, min(N, triton.cdiv(2 * multiprocessors(x.device), C // K)))
-    partial = [torch.empty(grid[1], C, dtype=torch.float32, device=x.device) if need else None for need in needs[1:]]
+    which = channel_norm.constants(activation)
+    programs, meta = _programs(_backward, (dy, x, weight, bias, dx), view, 2, **which)
+    partial = [torch.empty(programs, C, dtype=torch.float32, device=x.device) if need else None for need in needs[1:]]
     pointers = (dy, x, contiguous(weight), contiguous(bias), mean, var, dx)
     if x.numel():
-        launch(
-            _backward, grid, *pointers, *partial, N, C, S, K, eps, **channel_norm.constants(activation), **_tile(view)
-        )
+        launch(_backward, (C // K, programs), *pointers, *partial, N, C, S, K, eps, **meta)
     else:
         for unwritten in partial:
             if unwritten is not None:
@@ -157,13 +157,22 @@ def _view(x: Tensor, num_groups: int) -> View:
     return View(N, 1, C, x.shape[2:].numel(), C // num_groups, last)
 
 
+def _programs(kernel, operands, view: View, per_multiprocessor: int, **which: Any) -> tuple[int, dict[str, Any]]:
+    """How many programs share the samples of a group, and a kernel's constants."""
+    BLOCK_K, BLOCK_S, num_warps = _tile(view)
+    free = {"num_warps": num_warps, "programs": per_multiprocessor}
+    meta = measured(kernel, operands, free, BLOCK_K=BLOCK_K, BLOCK_S=BLOCK_S, **which)
+    wanted = meta.pop("programs") * multiprocessors(operands[0].device)
+    return min(view.B, triton.cdiv(wanted, view.C // view.K)), meta
+
+
 def _fits(view: View) -> bool:
     """Whether a program holds a group; trivially so where there is none."""
-    BLOCK_K, BLOCK_S, _ = _tile(view).values()
+    BLOCK_K, BLOCK_S, _ = _tile(view)
     return view.B == 0 or (not view.last and BLOCK_K * BLOCK_S <= MAX_TILE)
 
 
-def _tile(view: View) -> dict[str, int]:
-    """A whole group."""
+def _tile(view: View) -> tuple[int, int, int]:
+    """Channels and elements of a whole group, and the warps that work on it."""
     BLOCK_K, BLOCK_S = (triton.next_power_of_2(max(1, size)) for size in (view.K, view.S))
-    return {"BLOCK_K": BLOCK_K, "BLOCK_S": BLOCK_S, "num_warps": min(32, max(1, BLOCK_K * BLOCK_S // 512))}
+    return BLOCK_K, BLOCK_S, min(32, max(1, BLOCK_K * BLOCK_S // 512))

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
+from .launch_table import measured
 
 TILE = 4_096
 
@@ -142,15 +143,17 @@ def forward(x, flip, partner, lam, box, out, *, mean, std, dtype: torch.dtype, c
     if box is not None:
         box = box.contiguous()
     PAD = triton.next_power_of_2(C)
-    BLOCK_G = max(1, TILE // (16 * PAD))
+    meta = measured(
+        _normalize, (x, y, flip, partner, lam, box), {"BLOCK_G": max(1, TILE // (16 * PAD)), "num_warps": 4},
+        C=C, PACKED=packed, TO_PACKED=channels_last and C > 1, PAD=PAD,
+    )  # fmt: skip
     groups = triton.cdiv(W, 16)
-    blocks = triton.cdiv(H * groups, BLOCK_G)
+    blocks = triton.cdiv(H * groups, meta["BLOCK_G"])
     launch(_normalize, (N * blocks,),
         x, y, _table(tuple(mean), tuple(std), x.device), None if flip is None else flip.contiguous().view(torch.uint8),
         partner, lam, box, N, H, W, groups, blocks, x.stride(0), x.stride(1), x.stride(2),
         y.stride(0), y.stride(1), y.stride(2),
-        0 if lam is None or lam.numel() == 1 else 1, 0 if box is None or box.dim() == 1 else 4,
-        C=C, PACKED=packed, TO_PACKED=channels_last and C > 1, PAD=PAD, BLOCK_G=BLOCK_G, num_warps=4,
+        0 if lam is None or lam.numel() == 1 else 1, 0 if box is None or box.dim() == 1 else 4, **meta,
     )  # fmt: skip
     return y
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch, multiprocessors, programs, rows
+from .launch_table import measured
 from .norm import LONG_BLOCK, MAX_TILE, tile
 
 
@@ -127,8 +128,11 @@ def _launch(kernel, long_kernel, x_rows, pointers, eps: float, smooth: bool) -> 
     if x_rows.numel() == 0:
         return
     if D > MAX_TILE:
-        launch(long_kernel, (N,), *pointers, D, eps, SMOOTH=smooth, BLOCK_D=LONG_BLOCK, num_warps=8)
+        meta = measured(long_kernel, (x_rows,), {"BLOCK_D": LONG_BLOCK, "num_warps": 8}, SMOOTH=smooth)
+        launch(long_kernel, (N,), *pointers, D, eps, **meta)
         return
     BLOCK_N, BLOCK_D, num_warps = tile(D)
-    P = programs(N, BLOCK_N, 4 * multiprocessors(x_rows.device), 1)
-    launch(kernel, (P,), *pointers, N, D, eps, SMOOTH=smooth, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=num_warps)
+    free = {"BLOCK_N": BLOCK_N, "num_warps": num_warps, "programs": 4}
+    meta = measured(kernel, (x_rows,), free, SMOOTH=smooth, BLOCK_D=BLOCK_D)
+    P = programs(N, meta["BLOCK_N"], meta.pop("programs") * multiprocessors(x_rows.device), 1)
+    launch(kernel, (P,), *pointers, N, D, eps, **meta)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch_table import measured
 
 
 def rows(x: Tensor) -> Tensor:
@@ -52,12 +56,14 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **meta) -> None:
 ELEMENTWISE_TILE = 2048
 
 
-def elementwise_tiles(N: int, D: int) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and block sizes of one program for each tile of N rows of D: of whole rows where those are short."""
+def elementwise_tiles(
+    kernel, operands: Sequence[Any], N: int, D: int, **fixed: Any
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and constants of one program for each tile of N rows of D: of whole rows where those are short."""
     BLOCK_D = min(ELEMENTWISE_TILE, triton.next_power_of_2(D))
     BLOCK_N = min(ELEMENTWISE_TILE // BLOCK_D, triton.next_power_of_2(N))
-    grid = (triton.cdiv(N, BLOCK_N) * triton.cdiv(D, BLOCK_D),)
-    return grid, {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": 4}
+    meta = measured(kernel, operands, {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": 4}, **fixed)
+    return (triton.cdiv(N, meta["BLOCK_N"]) * triton.cdiv(D, meta["BLOCK_D"]),), meta
 
 
 #: Elements of a tile of a kernel that walks down columns, and the most columns of it: a row is one 16-byte access of
@@ -65,8 +71,10 @@ def elementwise_tiles(N: int, D: int) -> tuple[tuple[int], dict[str, int]]:
 COLUMN_TILE, COLUMNS = 2048, 256
 
 
-def column_tiles(N: int, D: int, device: torch.device, operands: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and block sizes of programs that walk down the columns of N rows of D: (blocks of columns, programs each).
+def column_tiles(
+    kernel, operands: Sequence[Any], N: int, D: int, *, read: int, **fixed: Any
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid and constants of programs that walk down the columns of N rows of D: (blocks of columns, programs each).
 
     A program reads the parameters of its columns, and writes its partial sums over the rows, only once. There are as
     many as keep 32 KB of bf16 in flight on a multiprocessor, if each reads so many operands: twice what 3.35 TB/s at
@@ -74,9 +82,11 @@ def column_tiles(N: int, D: int, device: torch.device, operands: int) -> tuple[t
     """
     BLOCK_D = min(COLUMNS, triton.next_power_of_2(max(1, D)))
     BLOCK_N = min(COLUMN_TILE // BLOCK_D, triton.next_power_of_2(max(1, N)))
-    blocks = triton.cdiv(D, BLOCK_D)
-    programs = min(triton.cdiv(N, BLOCK_N), triton.cdiv(8 // operands * multiprocessors(device), max(1, blocks)))
-    return (blocks, programs), {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": 4}
+    free = {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": 4, "programs": 8 // read}
+    meta = measured(kernel, operands, free, **fixed)
+    blocks = triton.cdiv(D, meta["BLOCK_D"])
+    wanted = meta.pop("programs") * multiprocessors(operands[0].device)
+    return (blocks, programs(N, meta["BLOCK_N"], wanted, max(1, blocks))), meta
 
 
 @triton.jit

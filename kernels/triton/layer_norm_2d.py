@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .launch import column_sum, contiguous, launch, multiprocessors
+from .launch_table import measured
 
 MAX_CHANNELS = 1024
 LONG_BLOCK_C, LONG_BLOCK_P = 64, 64
@@ -195,12 +196,14 @@ def forward(x, weight, bias, *, eps: float):
     pointers = (x.contiguous(), contiguous(weight), contiguous(bias), y, mean, rstd)
     if x.numel():
         BLOCK_C, BLOCK_P, num_warps = _tile(C, P, pixels=32)
-        tiles = N * triton.cdiv(P, BLOCK_P)
-        meta = {"BLOCK_C": BLOCK_C, "BLOCK_P": BLOCK_P, "num_warps": num_warps}
+        free = {"BLOCK_P": BLOCK_P, "num_warps": num_warps}
         if C <= MAX_CHANNELS:
-            launch(_forward, (min(tiles, 4 * multiprocessors(x.device)),), *pointers, N, C, P, eps, **meta)
+            meta = measured(_forward, pointers, {**free, "programs": 4}, BLOCK_C=BLOCK_C)
+            programs = min(N * triton.cdiv(P, meta["BLOCK_P"]), meta.pop("programs") * multiprocessors(x.device))
+            launch(_forward, (programs,), *pointers, N, C, P, eps, **meta)
         else:
-            launch(_forward_long, (tiles,), *pointers, C, P, eps, **meta)
+            meta = measured(_forward_long, pointers, {**free, "BLOCK_C": BLOCK_C})
+            launch(_forward_long, (N * triton.cdiv(P, meta["BLOCK_P"]),), *pointers, C, P, eps, **meta)
     return y, (x, weight, bias, mean, rstd)
 
 
@@ -212,17 +215,24 @@ def backward(grads, saved, needs, *, eps: float):
     BLOCK_C, BLOCK_P, num_warps = _tile(C, P, pixels=16)
     if BLOCK_C * BLOCK_P <= 4096 and C <= MAX_CHANNELS:
         num_warps = max(1, num_warps // 2)  # 8 warps spilled 8 bytes on sm_100 (no affine, bf16)
-    tiles = N * triton.cdiv(P, BLOCK_P)
-    blocks = triton.cdiv(C, BLOCK_C)
-    programs = min(tiles, triton.cdiv(2 * multiprocessors(x.device), blocks))
-    partial = [torch.empty(programs, C, dtype=torch.float32, device=x.device) if need else None for need in needs[1:]]
     pointers = (grads[0].contiguous(), x.contiguous(), contiguous(weight), mean, rstd)
-    meta = {"BLOCK_C": BLOCK_C, "BLOCK_P": BLOCK_P, "num_warps": num_warps}
+    operands = (*pointers, dx, *(t if need else None for t, need in zip((weight, bias), needs[1:], strict=True)))
+    free = {"BLOCK_P": BLOCK_P, "num_warps": num_warps}
+    if C <= MAX_CHANNELS:
+        meta = measured(_backward, operands, {**free, "programs": 2}, BLOCK_C=BLOCK_C)
+    else:
+        meta = measured(_backward_long, operands, {**free, "BLOCK_C": BLOCK_C, "programs": 2})
+    tiles = N * triton.cdiv(P, meta["BLOCK_P"])
+    blocks = triton.cdiv(C, meta["BLOCK_C"])
+    programs = min(tiles, triton.cdiv(meta.pop("programs") * multiprocessors(x.device), blocks))
+    partial = [torch.empty(programs, C, dtype=torch.float32, device=x.device) if need else None for need in needs[1:]]
     if x.numel() and C <= MAX_CHANNELS:
         launch(_backward, (programs,), *pointers, dx, *partial, N, C, P, **meta)
     elif x.numel():
         mean_gn, mean_g = torch.empty_like(mean), torch.empty_like(mean)
-        launch(_pixel_means_long, (tiles,), *pointers, mean_gn, mean_g, C, P, **meta)
+        means = measured(_pixel_means_long, pointers, {**free, "BLOCK_C": BLOCK_C})
+        grid = (N * triton.cdiv(P, means["BLOCK_P"]),)
+        launch(_pixel_means_long, grid, *pointers, mean_gn, mean_g, C, P, **means)
         launch(_backward_long, (blocks, programs), *pointers, mean_gn, mean_g, dx, *partial, N, C, P, **meta)
     dw, db = (
         None if sums is None else column_sum(sums, parameter.dtype)

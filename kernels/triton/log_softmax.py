@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch, rows
+from .launch_table import measured
 from .norm import LONG_BLOCK, MAX_TILE, tile
 
 
@@ -125,6 +126,8 @@ def backward(grads, saved, needs):
 def _launch(kernel, long_kernel, N: int, D: int, arguments: tuple) -> None:
     if D <= MAX_TILE:
         BLOCK_N, BLOCK_D, num_warps = tile(D)
-        launch(kernel, (triton.cdiv(N, BLOCK_N),), *arguments, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=num_warps)
+        meta = measured(kernel, arguments[:2], {"BLOCK_N": BLOCK_N, "num_warps": num_warps}, BLOCK_D=BLOCK_D)
+        launch(kernel, (triton.cdiv(N, meta["BLOCK_N"]),), *arguments, **meta)
     else:
-        launch(long_kernel, (N,), *arguments, BLOCK_D=LONG_BLOCK, num_warps=8)
+        meta = measured(long_kernel, arguments[:2], {"BLOCK_D": LONG_BLOCK, "num_warps": 8})
+        launch(long_kernel, (N,), *arguments, **meta)

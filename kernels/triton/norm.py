@@ -32,6 +32,7 @@ from torch import Tensor
 from . import long_norm
 from .dropout import kept
 from .launch import group_sum, groups, launch, multiprocessors, partial_sums, programs, rows
+from .launch_table import measured
 
 MAX_TILE = 16_384
 #: With a gate or a mask a thread holds more: 16 elements in each of 512 threads, which may have 128 registers.
@@ -165,16 +166,13 @@ def forward(
         pass
     elif not _is_long(D, gate, seed):
         BLOCK_N, BLOCK_D, num_warps = tile(D, T)
-        P = programs(T, BLOCK_N, 4 * multiprocessors(x.device), G)
-        launch(_forward, (P * G,),
-            *pointers, P, T, D, eps, weight_offset, threshold, scale,
-            CENTER=center, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=num_warps,
-        )  # fmt: skip
+        free = {"BLOCK_N": BLOCK_N, "num_warps": num_warps, "programs": 4}
+        meta = measured(_forward, (*inputs, seed), free, CENTER=center, BLOCK_D=BLOCK_D)
+        P = programs(T, meta["BLOCK_N"], meta.pop("programs") * multiprocessors(x.device), G)
+        launch(_forward, (P * G,), *pointers, P, T, D, eps, weight_offset, threshold, scale, **meta)
     else:
-        launch(long_norm.forward, (N,),
-            *pointers, T, D, eps, weight_offset, threshold, scale,
-            CENTER=center, BLOCK_D=LONG_BLOCK, num_warps=8,
-        )  # fmt: skip
+        meta = measured(long_norm.forward, (*inputs, seed), {"BLOCK_D": LONG_BLOCK, "num_warps": 8}, CENTER=center)
+        launch(long_norm.forward, (N,), *pointers, T, D, eps, weight_offset, threshold, scale, **meta)
     saved = (x if h is None else h, weight, bias, mean, rstd, None if gate is None else x, gate, seed)
     return (y if h is None else (y, h)), saved
 
@@ -197,15 +195,22 @@ def backward(
     long = _is_long(D, gate, seed)
     # With 8 warps the long backward kernel spilled 8 bytes on sm_100 (residual add, bf16); with 4 and a gate, more.
     BLOCK_N, BLOCK_D, num_warps = (1, LONG_BLOCK, 8 if branched else 4) if long else tile(D, T)
-    column_blocks = triton.cdiv(D, BLOCK_D)
-    P = programs(T, BLOCK_N, 2 * multiprocessors(device), G * column_blocks)
     shared = (weight, bias, gate)
-    partial = [partial_sums(t, P) if need else None for t, need in zip(shared, needs[2:5], strict=True)]
     inputs = (h_rows, *_rows(x, weight, gate))
+    operands = (*inputs, dy, dh_out, bias, seed)
+    which = {"ROWS": any(needs[i] for i in (0, 1, 4)), "CENTER": center}
+    if long:
+        free = {"BLOCK_D": BLOCK_D, "num_warps": num_warps, "programs": 2}
+        meta = measured(long_norm.backward, operands, free, **which)
+    else:
+        free = {"BLOCK_N": BLOCK_N, "num_warps": num_warps, "programs": 2}
+        meta = measured(_backward, operands, free, BLOCK_D=BLOCK_D, **which)
+    column_blocks = triton.cdiv(D, meta["BLOCK_D"])
+    wanted = meta.pop("programs") * multiprocessors(device)
+    P = programs(T, meta.get("BLOCK_N", 1), wanted, G * column_blocks)
+    partial = [partial_sums(t, P) if need else None for t, need in zip(shared, needs[2:5], strict=True)]
     pointers = (dy, dh_out, *inputs, seed, mean, rstd)
     outputs = (dh, dx, *partial)
-    constants = {"CENTER": center, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
-    which = {"ROWS": any(needs[i] for i in (0, 1, 4)), **constants}
     sizes = (*_strides(inputs), P, T, D, weight_offset, threshold, scale)
     if h.numel() == 0:
         for unwritten in partial:
@@ -215,13 +220,14 @@ def backward(
         mean_gn = torch.empty(N, dtype=torch.float32, device=device)
         mean_g = torch.empty(N, dtype=torch.float32, device=device) if center else None
         w = inputs[2]
+        free = {"BLOCK_D": BLOCK_D, "num_warps": num_warps}
         launch(long_norm.row_means, (N,),
             dy, h_rows, w, mean, rstd, mean_gn, mean_g, h_rows.stride(0), *_strides((w,)), T, D, weight_offset,
-            **constants,
+            **measured(long_norm.row_means, (dy, h_rows, w), free, CENTER=center),
         )  # fmt: skip
-        launch(long_norm.backward, (P * G, column_blocks), *pointers, mean_gn, mean_g, *outputs, *sizes, **which)
+        launch(long_norm.backward, (P * G, column_blocks), *pointers, mean_gn, mean_g, *outputs, *sizes, **meta)
     else:
-        launch(_backward, (P * G,), *pointers, *outputs, *sizes, BLOCK_N=BLOCK_N, **which)
+        launch(_backward, (P * G,), *pointers, *outputs, *sizes, **meta)
     dshared = (None if s is None else group_sum(s, t) for s, t in zip(partial, shared, strict=True))
     return (dx if branched else dh), dh, *dshared, None
 

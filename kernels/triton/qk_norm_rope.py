@@ -29,6 +29,7 @@ import triton.language as tl
 
 from . import norm, rope
 from .launch import column_sum, contiguous, launch, multiprocessors
+from .launch_table import measured
 
 TILE = 2048
 MAX_HEAD = 2048
@@ -247,10 +248,12 @@ def forward(x, weight, bias, cos, sin, *, eps: float, weight_offset: float, cent
         rows, tables = rope.flat(x, cos, sin)
         y = forward(rows, weight, bias, *tables, **options, interleaved=interleaved)[0].view(x.shape)
     else:
-        tiles, sizes, meta = _plan(axes, x.shape[-1], cos.shape[-1])
-        launch(_forward, (min(tiles, 8 * multiprocessors(x.device)),),
+        operands = (x, weight, bias, cos)
+        which = {"CENTER": center, "INTERLEAVED": interleaved}
+        programs, sizes, meta = _plan(_forward, operands, axes, x.shape[-1], cos.shape[-1], 8, **which)
+        launch(_forward, (programs,),
             x, contiguous(weight), contiguous(bias), cos, sin, y, *sizes, eps, weight_offset, *rope.strides(axes),
-            CENTER=center, INTERLEAVED=interleaved, **meta,
+            **meta,
         )  # fmt: skip
     return y, saved
 
@@ -272,8 +275,11 @@ def backward(grads, saved, needs, *, eps: float, weight_offset: float, center: b
         flat = (rows, weight, bias, *tables)
         dx, *others = backward((dy.reshape(rows.shape),), flat, needs, **options, interleaved=interleaved)
         return dx.view(x.shape), *others
-    tiles, sizes, meta = _plan(axes, x.shape[-1], cos.shape[-1])
-    programs = min(tiles, 4 * multiprocessors(x.device)) if x.numel() else 0
+    operands = (x, dy, weight, cos, *(t if need else None for t, need in zip((x, weight, bias), needs, strict=False)))
+    which = {"CENTER": center, "INTERLEAVED": interleaved}
+    programs, sizes, meta = _plan(_backward, operands, axes, x.shape[-1], cos.shape[-1], 4, **which)
+    if x.numel() == 0:
+        programs = 0
     dw, db = (
         torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device) if need else None
         for need in needs[1:3]
@@ -281,8 +287,7 @@ def backward(grads, saved, needs, *, eps: float, weight_offset: float, center: b
     if programs:
         launch(_backward, (programs,),
             x, dy, contiguous(weight), cos, sin, dx if needs[0] else None, dw, db,
-            *sizes, eps, weight_offset, *rope.strides(axes),
-            CENTER=center, INTERLEAVED=interleaved, **meta,
+            *sizes, eps, weight_offset, *rope.strides(axes), **meta,
         )  # fmt: skip
     dw, db = (
         None if partial is None else column_sum(partial, parameter.dtype)
@@ -291,19 +296,24 @@ def backward(grads, saved, needs, *, eps: float, weight_offset: float, center: b
     return dx, dw, db, None, None
 
 
-def _plan(axes: rope.Axes, D: int, R: int) -> tuple[int, tuple[int, ...], dict[str, int]]:
-    """The number of tiles, the sizes that the kernels take, and their blocks."""
+def _plan(
+    kernel, operands, axes: rope.Axes, D: int, R: int, per_multiprocessor: int, **which
+) -> tuple[int, tuple[int, ...], dict[str, Any]]:
+    """The number of programs, the sizes that a kernel takes, and its constants."""
     T, _, H, _ = rope.sizes(axes)
     rows = max(1, TILE // triton.next_power_of_2(D))
     BLOCK_H = min(rows, triton.next_power_of_2(H))
     BLOCK_T = min(rows // BLOCK_H, triton.next_power_of_2(T))
-    meta = {
+    free = {
         "BLOCK_T": BLOCK_T,
         "BLOCK_H": BLOCK_H,
-        "BLOCK_P": triton.next_power_of_2(max(1, R // 2)),
-        "BLOCK_REST": triton.next_power_of_2(D - R) if D > R else 0,
         "num_warps": max(1, BLOCK_T * BLOCK_H * triton.next_power_of_2(D) // 1024),
+        "programs": per_multiprocessor,
     }
-    head_tiles = min(HEAD_TILES, triton.cdiv(H, BLOCK_H))
-    tiles = triton.cdiv(T, BLOCK_T) * triton.cdiv(H, BLOCK_H * head_tiles)
-    return tiles, (*rope.sizes(axes), D, R, head_tiles), meta
+    BLOCK_P = triton.next_power_of_2(max(1, R // 2))
+    BLOCK_REST = triton.next_power_of_2(D - R) if D > R else 0
+    meta = measured(kernel, operands, free, BLOCK_P=BLOCK_P, BLOCK_REST=BLOCK_REST, **which)
+    head_tiles = min(HEAD_TILES, triton.cdiv(H, meta["BLOCK_H"]))
+    tiles = triton.cdiv(T, meta["BLOCK_T"]) * triton.cdiv(H, meta["BLOCK_H"] * head_tiles)
+    programs = min(tiles, meta.pop("programs") * multiprocessors(operands[0].device))
+    return programs, (*rope.sizes(axes), D, R, head_tiles), meta

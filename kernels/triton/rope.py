@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
+from .launch_table import measured
 
 TILE = 4096
 MAX_PAIRS = 1024
@@ -175,14 +176,13 @@ def _turn(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, tra
     BLOCK_REST = min(2 * MAX_PAIRS, triton.next_power_of_2(D - R)) if D > R else 0
     # With 512 pairs a warp, triton 3.6 spilled 40 bytes on sm_100 (interleaved, partial, tables for each token).
     num_warps = min(4, max(1, BLOCK_T * BLOCK_H * max(2 * BLOCK_P, BLOCK_REST) // 512))
-    head_tiles = min(HEAD_TILES, triton.cdiv(H, BLOCK_H))
-    grid = (triton.cdiv(T, BLOCK_T), triton.cdiv(H, BLOCK_H * head_tiles))
-    launch(_rotate, grid,
-        x, cos, sin, y, T, T1, H, H1, D, R, head_tiles,
-        *strides(found),
-        INTERLEAVED=interleaved, TRANSPOSE=transpose,
-        BLOCK_T=BLOCK_T, BLOCK_H=BLOCK_H, BLOCK_P=BLOCK_P, BLOCK_REST=BLOCK_REST, num_warps=num_warps,
+    meta = measured(
+        _rotate, (x, cos), {"BLOCK_T": BLOCK_T, "BLOCK_H": BLOCK_H, "BLOCK_P": BLOCK_P, "num_warps": num_warps},
+        BLOCK_REST=BLOCK_REST, INTERLEAVED=interleaved, TRANSPOSE=transpose,
     )  # fmt: skip
+    head_tiles = min(HEAD_TILES, triton.cdiv(H, meta["BLOCK_H"]))
+    grid = (triton.cdiv(T, meta["BLOCK_T"]), triton.cdiv(H, meta["BLOCK_H"] * head_tiles))
+    launch(_rotate, grid, x, cos, sin, y, T, T1, H, H1, D, R, head_tiles, *strides(found), **meta)
 
 
 #: A dim's size, then its strides: in the tensors that are read or written, in cos and in sin.

@@ -94,7 +94,8 @@ def forward(x, residual, scale, seed, *, threshold: int, keep_scale: float):
         residual_rows = None if residual is None else _rows(residual, scale)[0]
         residual_stride = 0 if residual_rows is None else residual_rows.stride(0)
         N, D = x_rows.shape
-        grid, meta = column_tiles(N, D, x.device, operands=1 if residual is None else 2)
+        operands = (x_rows, residual_rows, scale, seed)
+        grid, meta = column_tiles(_forward, operands, N, D, read=1 if residual is None else 2)
         launch(_forward, grid,
             x_rows, residual_rows, contiguous(scale), seed, y, x_rows.stride(0), residual_stride, N, D, R,
             threshold, keep_scale, **meta,
@@ -109,8 +110,8 @@ def backward(grads, saved, needs, *, threshold: int, keep_scale: float):
     dy = grads[0]
     dy_rows, R = _rows(dy, scale)
     N, D = dy_rows.shape
-    grid, meta = column_tiles(N, D, dy.device, operands=1 if scale is None else 2)
     dx = torch.empty(dy.shape, dtype=x.dtype, device=dy.device) if needs[0] else None
+    grid, meta = column_tiles(_backward, (dy_rows, scale, seed, dx), N, D, read=1 if scale is None else 2)
     partial = torch.empty(grid[1], D, dtype=torch.float32, device=dy.device) if needs[2] else None
     x_rows = rows(x) if needs[2] else None
     x_stride = 0 if x_rows is None else x_rows.stride(0)

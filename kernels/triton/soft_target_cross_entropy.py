@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 
 from .activations import tanh
+from .cross_entropy import block
 from .launch import contiguous, launch, rows
-
-MAX_BLOCK = 4_096
 
 
 @triton.jit
@@ -118,11 +117,10 @@ def forward(x, target, weight, *, reduction: str, label_smoothing: float, softca
     N, V = logits.shape
     losses, *statistics = torch.empty(4, N, dtype=torch.float32, device=x.device).unbind()
     if x.numel():
-        BLOCK_N, BLOCK_V, num_warps = _block(V)
-        launch(_forward, (triton.cdiv(N, BLOCK_N),),
+        meta = block(_forward, (logits, probabilities, weight, label_smoothing or None, softcap), V)
+        launch(_forward, (triton.cdiv(N, meta["BLOCK_N"]),),
             logits, probabilities, contiguous(weight), losses, *statistics,
-            logits.stride(0), probabilities.stride(0), N, V, label_smoothing or None, softcap,
-            BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, num_warps=num_warps,
+            logits.stride(0), probabilities.stride(0), N, V, label_smoothing or None, softcap, **meta,
         )  # fmt: skip
     loss = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
@@ -141,17 +139,12 @@ def backward(grads, saved, needs, *, reduction: str, label_smoothing: float, sof
     )
     grad = grads[0]
     if x.numel():
-        BLOCK_N, BLOCK_V, num_warps = _block(V)
-        launch(_backward, (triton.cdiv(N, BLOCK_N), triton.cdiv(V, BLOCK_V)),
+        operands = (logits, probabilities, weight, label_smoothing or None, softcap, dx, dtarget)
+        meta = block(_backward, operands, V)
+        launch(_backward, (triton.cdiv(N, meta["BLOCK_N"]), triton.cdiv(V, meta["BLOCK_V"])),
             grad, logits, probabilities, contiguous(weight), *statistics, dx, dtarget,
             float(N) if reduction == "mean" else 1.0,
             grad.stride(0) if grad.dim() else 0, logits.stride(0), probabilities.stride(0), N, V,
-            label_smoothing or None, softcap, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, num_warps=num_warps,
+            label_smoothing or None, softcap, **meta,
         )  # fmt: skip
     return dx, dtarget, None
-
-
-def _block(V: int) -> tuple[int, int, int]:
-    """Rows and logits of a block of about MAX_BLOCK elements, and the warps that work on it."""
-    BLOCK_V = min(triton.next_power_of_2(V), MAX_BLOCK)
-    return MAX_BLOCK // BLOCK_V, BLOCK_V, 8

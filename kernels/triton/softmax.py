@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .activations import tanh
 from .launch import launch, rows
+from .launch_table import measured
 from .norm import LONG_BLOCK, MAX_TILE, tile
 
 
@@ -277,7 +278,8 @@ def forward(x, mask, sink, *, scale: float, softcap: float | None, causal: bool,
         x_rows, pointer, _of_each_row(sink, x), y, peaks, totals, x_rows.stride(0), N, D, Q, scale, softcap, *strides
     )  # fmt: skip
     if x.numel():
-        _launch(_forward, _forward_long, N, D, arguments, False, CAUSAL=causal, BOOLEAN=boolean)
+        operands = (x_rows, pointer, sink, peaks, softcap)
+        _launch(_forward, _forward_long, N, D, arguments, operands, False, CAUSAL=causal, BOOLEAN=boolean)
     return y, (x if keep_x else y, mask, sink, peaks, totals)
 
 
@@ -296,7 +298,8 @@ def backward(grads, saved, needs, *, scale: float, softcap: float | None, causal
         dy.stride(0), source.stride(0), N, D, Q, scale, softcap, *strides,
     )  # fmt: skip
     if kept.numel():
-        _launch(_backward, _backward_long, N, D, arguments, sink is not None, CAUSAL=causal, BOOLEAN=boolean)
+        operands = (source, dy, pointer, sink, peaks, softcap, dx, dmask, dsink)
+        _launch(_backward, _backward_long, N, D, arguments, operands, sink is not None, CAUSAL=causal, BOOLEAN=boolean)
     return (
         dx,
         None if dmask is None else dmask.sum_to_size(mask.shape).to(mask.dtype),
@@ -309,16 +312,17 @@ def _of_each_row(sink: Tensor | None, x: Tensor) -> Tensor | None:
     return sink if sink is None else sink.expand(*x.shape[:-1], 1).contiguous()
 
 
-def _launch(kernel, long_kernel, N: int, D: int, arguments: tuple, crowded: bool, **meta) -> None:
+def _launch(kernel, long_kernel, N: int, D: int, arguments: tuple, operands: tuple, crowded: bool, **which) -> None:
     """Launch either kernel; ``crowded`` is one that needs registers for more than a tile's worth of rows."""
     if D <= MAX_TILE:
         BLOCK_N, BLOCK_D, num_warps = tile(D)
         if crowded and BLOCK_N > 1:
             BLOCK_N, num_warps = BLOCK_N // 2, num_warps // 2
-        meta |= {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
-        launch(kernel, (triton.cdiv(N, BLOCK_N),), *arguments, **meta)
+        meta = measured(kernel, operands, {"BLOCK_N": BLOCK_N, "num_warps": num_warps}, BLOCK_D=BLOCK_D, **which)
+        launch(kernel, (triton.cdiv(N, meta["BLOCK_N"]),), *arguments, **meta)
     else:
-        launch(long_kernel, (N,), *arguments, BLOCK_D=LONG_BLOCK, num_warps=8, **meta)
+        meta = measured(long_kernel, operands, {"BLOCK_D": LONG_BLOCK, "num_warps": 8}, **which)
+        launch(long_kernel, (N,), *arguments, **meta)
 
 
 def _broadcast(mask: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, tuple[int, ...], bool]:

@@ -71,10 +71,10 @@ def statistics(x, target, weight, *, ignore_index: int, softcap, smoothed: bool)
     N, V = logits.shape
     peaks, totals, gaps = torch.empty(3, N, dtype=torch.float32, device=x.device).unbind()
     if x.numel():
-        BLOCK_N, BLOCK_V, num_warps = block(V)
-        launch(_statistics, (triton.cdiv(N, BLOCK_N),),
+        meta = block(_statistics, (logits, target, weight, softcap), V, SMOOTHED=smoothed)
+        launch(_statistics, (triton.cdiv(N, meta["BLOCK_N"]),),
             logits, target.contiguous(), contiguous(weight), peaks, totals, gaps, logits.stride(0), N, V,
-            ignore_index, softcap, SMOOTHED=smoothed, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, num_warps=num_warps,
+            ignore_index, softcap, **meta,
         )  # fmt: skip
     return peaks, totals, gaps if smoothed else None
 
@@ -95,8 +95,8 @@ def _write_gradient(dx, x, index, weight, base, log_sum, pull, lift, each, *, so
     logits = rows(x)
     N, V = logits.shape
     if x.numel():
-        BLOCK_N, BLOCK_V, num_warps = block(V)
-        launch(_gradient, (triton.cdiv(N, BLOCK_N), triton.cdiv(V, BLOCK_V)),
+        meta = block(_gradient, (logits, index, weight, lift, each, softcap), V)
+        launch(_gradient, (triton.cdiv(N, meta["BLOCK_N"]), triton.cdiv(V, meta["BLOCK_V"])),
             logits, index, contiguous(weight), base, log_sum, pull, lift, each, dx, logits.stride(0), N, V, softcap,
-            BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, num_warps=num_warps,
+            **meta,
         )  # fmt: skip
