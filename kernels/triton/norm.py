@@ -109,8 +109,8 @@ def _backward(
         normed = tl.load(h + n[:, None] * h_stride + d[None, :], mask, other=0.0).to(tl.float32)
         r = tl.load(rstd + n, t < T, other=0.0)
         if CENTER:
-            normed -= tl.load(mean + n, t < T, other=0.0)[:, None]
-        normed *= r[:, None]  # not zero outside the mask; every use multiplies it by g, which is
+            normed = tl.where(mask, normed - tl.load(mean + n, t < T, other=0.0)[:, None], 0.0)
+        normed *= r[:, None]
         if dw_partial is not None:
             dw += g * normed
         if db_partial is not None:
@@ -122,7 +122,7 @@ def _backward(
             out = g - normed * mean_gn[:, None]
             if CENTER:
                 # The mean of out. That of normed is a rounding error, which is all there is of a gradient at D = 2.
-                out -= ((tl.sum(g, 1) - mean_gn * tl.sum(tl.where(mask, normed, 0.0), 1)) / D)[:, None]
+                out -= ((tl.sum(g, 1) - mean_gn * tl.sum(normed, 1)) / D)[:, None]
             out *= r[:, None]
             if dh_out is not None:
                 out += tl.load(dh_out + at, mask, other=0.0).to(tl.float32)
@@ -197,6 +197,9 @@ def backward(
     long = _is_long(D, gate, seed)
     # With 8 warps the long backward kernel spilled 8 bytes on sm_100 (residual add, bf16); with 4 and a gate, more.
     BLOCK_N, BLOCK_D, num_warps = (1, LONG_BLOCK, 8 if branched else 4) if long else tile(D, T)
+    # A kernel that holds little is told of its two programs: the assembler by itself spilled 8 bytes to fit one more
+    # (sm_80, long rows; sm_100, no parameters). Others hold more than that share of the registers, or just as much.
+    lean = not branched and (long or (weight is None and bias is None and num_warps <= 16))
     column_blocks = triton.cdiv(D, BLOCK_D)
     P = programs(T, BLOCK_N, 2 * multiprocessors(device), G * column_blocks)
     shared = (weight, bias, gate)
@@ -204,7 +207,12 @@ def backward(
     inputs = (h_rows, *_rows(x, weight, gate))
     pointers = (dy, dh_out, *inputs, seed, mean, rstd)
     outputs = (dh, dx, *partial)
-    constants = {"CENTER": center, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
+    constants = {
+        "CENTER": center,
+        "BLOCK_D": BLOCK_D,
+        "num_warps": num_warps,
+        "side_by_side": 2 if lean else None,
+    }
     which = {"ROWS": any(needs[i] for i in (0, 1, 4)), **constants}
     sizes = (*_strides(inputs), P, T, D, weight_offset, threshold, scale)
     if h.numel() == 0:
