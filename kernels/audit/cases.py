@@ -110,6 +110,7 @@ def everything_in_triton() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(dispatch, "choose", return_value=choice))
         stack.enter_context(mock.patch.object(launch, "_multiprocessors", return_value=MULTIPROCESSORS))
+        stack.enter_context(mock.patch.object(launch, "limits_registers", True))
         # Of a meta tensor nothing is left out.
         stack.enter_context(mock.patch.object(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True))
         yield

@@ -75,7 +75,9 @@ def compiled(targets: Sequence[str] = tuple(TARGETS)) -> Iterator[list[Compiled]
     def compile_for_all(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         for target in targets:
             stand_in.target = target
-            kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+            nvidia_only = () if TARGETS[target][0] == "cuda" else ("maxnreg",)
+            options = {name: value for name, value in kwargs.items() if name not in nvidia_only}
+            kernel = launch(self, *args, grid=grid, warmup=True, **options)
             code = kernel.asm["cubin" if "cubin" in kernel.asm else "amdgcn"]
             kernels.append(Compiled(kernel.metadata.name, target, kernel.metadata.num_warps, code))
 

@@ -286,15 +286,16 @@ def _traffic(
     weight: bool = False,
     spatial: bool = False,
     label_smoothing: float = 0.0,
+    reduction: str = "mean",
     **_: Any,
 ) -> Traffic:
-    """x where it counts, target forward; the same and dx backward; 16 bytes of loss and statistics a position."""
+    """x where it counts, target forward; the same and dx backward; a position's statistics, its loss if it is asked."""
     positions = 3 * N if spatial else N
     counted = positions - _ignored(positions)
     # Smoothing takes the weights of all classes, otherwise those of the targets are enough.
     classes = (C if label_smoothing else min(C, counted)) * itemsize if weight else 0
     return Traffic(
-        forward=counted * C * itemsize + positions * (8 + 16) + classes,
+        forward=counted * C * itemsize + positions * (8 + (12 if reduction == "none" else 8)) + classes,
         backward=(counted + positions) * C * itemsize + positions * (8 + 8) + classes,
     )
 

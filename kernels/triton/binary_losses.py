@@ -88,9 +88,11 @@ def _forward(
     N, D, stride, w_rows, w_columns, w_stride, p_rows, p_columns, p_stride, alpha, gamma, fraction, smoothing,
     WHOLE: tl.constexpr, REDUCED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(D, BLOCK_D)
+    # Signed, the divisions by it spilled 8 bytes on sm_100 (pos_weight, float32).
+    across = tl.cast(tl.cdiv(D, BLOCK_D), tl.uint32)
     total = eighths(tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
-    for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N) * across, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N) * tl.cdiv(D, BLOCK_D), tl.num_programs(0)):
+        tile = tl.cast(tile, tl.uint32)
         n = (tile // across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         d = (tile % across).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = (n < N)[:, None] & (d < D)[None, :]

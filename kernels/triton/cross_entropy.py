@@ -10,7 +10,8 @@ With s = softcap·tanh(x / softcap) or x, W = Σ w_c and the upstream gradient g
 
 Memory-bound: the logits are read once forward, with a running maximum and sum (Milakov and Gimelshein, 2018), and once
 backward, where blocks of a row are independent programs. m and l are kept apart: at logits of 1e8 their sum has lost l.
-Rows shorter than a block share a program; the logits of ignored rows are not read.
+Rows shorter than a block share a program, which adds their losses up where those are to be reduced; the logits of
+ignored rows are not read.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ def row_statistics(
 
 @triton.jit
 def _forward(
-    x, target, weight, losses, row_weights, peaks, log_sums,
+    x, target, weight, losses, position_weights, peaks, log_sums,
     x_stride, N, V, ignore_index, smoothing, softcap, z_loss,
-    SMOOTHED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    SMOOTHED: tl.constexpr, REDUCED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.load(target + n, n < N, other=0).to(tl.int64)
@@ -85,9 +86,12 @@ def _forward(
         loss += smoothing / V * (gap + log_sum * W)
     if z_loss is not None:
         loss += z_loss * w * (base + log_sum) * (base + log_sum)
-    tl.store(losses + n, tl.where(counts, loss, 0.0).to(losses.dtype.element_ty), n < N)
-    if row_weights is not None:
-        tl.store(row_weights + n, w, n < N)
+    loss = tl.where(counts, loss, 0.0)
+    if REDUCED:
+        tl.store(losses + tl.program_id(0), tl.sum(loss, 0))
+        tl.store(position_weights + tl.program_id(0), tl.sum(w, 0))
+    else:
+        tl.store(losses + n, loss, n < N)
     tl.store(peaks + n, base, n < N)
     tl.store(log_sums + n, log_sum, n < N)
 
@@ -136,14 +140,14 @@ def _backward(
 
 def forward(x, target, weight, *, reduction: str, **options):
     """Return the loss of logits [N, V], and what the backward pass needs."""
-    losses, row_weights, peaks, log_sums = _launch_forward(x, target, weight, reduction == "mean", **options)
+    losses, position_weights, peaks, log_sums = _launch_forward(x, target, weight, reduction != "none", **options)
     normalizer = None
     if reduction == "none":
         loss = losses
     elif reduction == "sum":
         loss = losses.sum()
     else:
-        normalizer = row_weights.sum()
+        normalizer = position_weights.sum()
         loss = losses.sum() / normalizer
     return loss.to(x.dtype), (x, target, weight, peaks, log_sums, normalizer)
 
@@ -165,20 +169,22 @@ def losses_and_gradient(x, target, weight, scale, **options):
 
 
 def _launch_forward(
-    x, target, weight, weighs_rows: bool, *, ignore_index: int, label_smoothing: float, softcap, z_loss: float
+    x, target, weight, reduced: bool, *, ignore_index: int, label_smoothing: float, softcap, z_loss: float
 ):
+    """Losses and weights of the rows or, if they are reduced, of the programs; peaks and log-sums of the rows."""
     logits = rows(x)
     N, V = logits.shape
-    losses, row_weights = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
+    operands = (logits, target, weight, softcap, z_loss or None)
+    meta = block(_forward, operands, max(1, V), SMOOTHED=label_smoothing != 0.0, REDUCED=reduced)
+    programs = triton.cdiv(N, meta["BLOCK_N"])
+    losses, position_weights = torch.empty(2, programs if reduced else N, dtype=torch.float32, device=x.device).unbind()
     peaks, log_sums = torch.empty(2, N, dtype=torch.float32, device=x.device).unbind()
     if x.numel():
-        operands = (logits, target, weight, softcap, z_loss or None)
-        meta = block(_forward, operands, V, SMOOTHED=label_smoothing != 0.0)
-        launch(_forward, (triton.cdiv(N, meta["BLOCK_N"]),),
-            logits, target.contiguous(), contiguous(weight), losses, row_weights if weighs_rows else None,
-            peaks, log_sums, logits.stride(0), N, V, ignore_index, label_smoothing, softcap, z_loss or None, **meta,
+        launch(_forward, (programs,),
+            logits, target.contiguous(), contiguous(weight), losses, position_weights, peaks, log_sums,
+            logits.stride(0), N, V, ignore_index, label_smoothing, softcap, z_loss or None, **meta,
         )  # fmt: skip
-    return losses, row_weights, peaks, log_sums
+    return losses, position_weights, peaks, log_sums
 
 
 def _launch_backward(

@@ -8,10 +8,10 @@ With a = act(z), u = x if BEFORE else x·a, r = 1/√(mean(u²) + ε) and n = u�
               after    dx = du·a            dz = act'(z)·du·x
 
 Memory-bound, with the tiles and the long-lived programs of norm.py: 4,096 elements, 16 a thread; half as many elements
-and threads in the backward pass, which would spill a few registers on sm_90. A program stays within one group of
-columns, so that its part of the weight is read, and of the weight's gradient kept, once. act(z) is computed again in
-the backward pass. A group of more than MAX_TILE elements, which with two operands would not fit into the registers of a
-program, is read twice, as in long_norm.py.
+and threads in the backward pass, which takes up to 186 registers: two programs of 256 threads would not fit on a
+multiprocessor. A program stays within one group of columns, so that its part of the weight is read, and of the weight's
+gradient kept, once. act(z) is computed again in the backward pass. A group of more than MAX_TILE elements, which with
+two operands would not fit into the registers of a program, is read twice, as in long_norm.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .launch import column_sum, contiguous, launch, multiprocessors, programs, r
 from .launch_table import measured
 from .norm import LONG_BLOCK, tile
 
-#: Here the backward pass spills up to 72 bytes a thread on NVIDIA; to read the row twice would move 60 % more.
+#: Each of 512 threads may have 128 registers. The backward pass takes them all, six for each of a thread's elements.
 MAX_TILE = 8_192
 
 
@@ -100,41 +100,47 @@ def _backward(
 ):  # fmt: skip
     p = tl.program_id(0) % P
     k = tl.program_id(0) // P
-    in_row = tl.arange(0, BLOCK_D) < D
-    d = k * D + tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)
+    in_row = d < D
     if weight is not None:
-        w = tl.load(weight + d, in_row, other=0.0).to(tl.float32)
+        w = tl.load(weight + k * D + d, in_row, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for block in range(p, tl.cdiv(N, BLOCK_N), P):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        row = n[:, None]
-        at = row * (K * D) + d[None, :]
         mask = (n < N)[:, None] & in_row[None, :]
+        at_x, at_z, at = n * x_stride + k * D, n * z_stride + k * D, (n * K + k) * D
         value, gate, a, u = _load(
-            x, z, row * x_stride + d[None, :], row * z_stride + d[None, :], mask, BEFORE, ACTIVATION
+            x, z, at_x[:, None] + d[None, :], at_z[:, None] + d[None, :], mask, BEFORE, ACTIVATION
         )
+        at = at[:, None] + d[None, :]
         r = tl.load(rstd + n * K + k, n < N, other=0.0)[:, None]
         u *= r
         g = tl.load(dy + at, mask, other=0.0).to(tl.float32)
-        gw = g
-        if weight is not None:
-            gw = g * w[None, :]
-        pulled = gw * u
         if BEFORE:
+            if dz is not None:
+                pulled = g * u
+                if weight is not None:
+                    pulled *= w[None, :]
+                _, pulled = act(gate, pulled, ACTIVATION)
+                tl.store(dz + at, pulled.to(dz.dtype.element_ty), mask)
             g *= a
-            gw *= a
         dw += g * u
-        du = r * (gw - u * (tl.sum(gw * u, 1) / D)[:, None])
-        if not BEFORE:
-            pulled = du * value
+        if weight is not None:
+            g *= w[None, :]
+        mean_gn = (tl.sum(g * u, 1) / D)[:, None]
+        if BEFORE:
+            du = r * (g - u * mean_gn)
+        else:
+            # Across the sum live g, x, a and act'(z), not u too, nor z; with them the registers of 8,192 would spill.
+            _, slope = act(gate, 1.0, ACTIVATION)
+            du = r * (g - value * (r * mean_gn) * a)
+            if dz is not None:
+                tl.store(dz + at, (du * value * slope).to(dz.dtype.element_ty), mask)
             du *= a
         if dx is not None:
             tl.store(dx + at, du.to(dx.dtype.element_ty), mask)
-        if dz is not None:
-            _, pulled = act(gate, pulled, ACTIVATION)
-            tl.store(dz + at, pulled.to(dz.dtype.element_ty), mask)
     if dw_partial is not None:
-        tl.store(dw_partial + p.to(tl.int64) * (K * D) + d, tl.sum(dw, 0), in_row)
+        tl.store(dw_partial + (p.to(tl.int64) * K + k) * D + d, tl.sum(dw, 0), in_row)
 
 
 @triton.jit
@@ -178,23 +184,25 @@ def _backward_long(
         r = tl.load(rstd + n * K + k)
         u *= r
         g = tl.load(dy + n * (K * D) + d, mask, other=0.0).to(tl.float32)
-        gw = g
-        if weight is not None:
-            gw = g * w
-        pulled = gw * u
         if BEFORE:
+            if dz is not None:
+                pulled = g * u
+                if weight is not None:
+                    pulled *= w
+                _, pulled = act(gate, pulled, ACTIVATION)
+                tl.store(dz + n * (K * D) + d, pulled.to(dz.dtype.element_ty), mask)
             g *= a
-            gw *= a
         dw += g * u
-        du = r * (gw - u * tl.load(mean_gn + n * K + k))
+        if weight is not None:
+            g *= w
+        du = r * (g - u * tl.load(mean_gn + n * K + k))
         if not BEFORE:
-            pulled = du * value
+            if dz is not None:
+                _, pulled = act(gate, du * value, ACTIVATION)
+                tl.store(dz + n * (K * D) + d, pulled.to(dz.dtype.element_ty), mask)
             du *= a
         if dx is not None:
             tl.store(dx + n * (K * D) + d, du.to(dx.dtype.element_ty), mask)
-        if dz is not None:
-            _, pulled = act(gate, pulled, ACTIVATION)
-            tl.store(dz + n * (K * D) + d, pulled.to(dz.dtype.element_ty), mask)
     if dw_partial is not None:
         tl.store(dw_partial + tl.program_id(1).to(tl.int64) * (K * D) + d, dw, mask)
 

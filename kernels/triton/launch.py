@@ -47,8 +47,18 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, **meta) -> None:
-    """Launch a kernel whose multiplications and additions are fused, which Triton 3.10 does only where it is told."""
+#: Whether the assembler can be told how many registers a thread may have. NVIDIA's can.
+limits_registers = torch.version.cuda is not None
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, side_by_side: int | None = None, **meta) -> None:
+    """Launch a kernel whose multiplications and additions are fused, which Triton 3.10 does only where it is told.
+
+    ``side_by_side`` programs are to share a multiprocessor, and its 65,536 registers. NVIDIA's assembler, if it is not
+    told, guesses how many programs are wanted, and may spill a register or two for the sake of one more.
+    """
+    if side_by_side is not None and limits_registers:
+        meta["maxnreg"] = min(255, 65_536 // (32 * meta["num_warps"] * side_by_side))
     kernel[grid](*arguments, enable_fp_fusion=True, **meta)
 
 

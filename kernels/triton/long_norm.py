@@ -81,8 +81,8 @@ def row_means(
     mu = 0.0
     if CENTER:
         mu = tl.load(mean + n)
-    sum_gn = 0.0
-    sum_g = 0.0
+    sum_gn = tl.zeros([BLOCK_D], tl.float32)  # added up at the end: a sum over a block waits for all warps
+    sum_g = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         mask = d < D
@@ -90,11 +90,12 @@ def row_means(
         if weight is not None:
             g *= tl.load(weight + group * weight_stride + d, mask, other=0.0).to(tl.float32) + offset
         normed = (tl.load(h + n * h_stride + d, mask, other=0.0).to(tl.float32) - mu) * r
-        sum_gn += tl.sum(g * normed, 0)
-        sum_g += tl.sum(g, 0)
-    tl.store(mean_gn + n, sum_gn / D)
+        sum_gn += g * normed
+        if CENTER:
+            sum_g += g
+    tl.store(mean_gn + n, tl.sum(sum_gn, 0) / D)
     if CENTER:
-        tl.store(mean_g + n, sum_g / D)
+        tl.store(mean_g + n, tl.sum(sum_g, 0) / D)
 
 
 @triton.jit

@@ -110,8 +110,8 @@ def _backward(
         normed = tl.load(h + n[:, None] * h_stride + d[None, :], mask, other=0.0).to(tl.float32)
         r = tl.load(rstd + n, t < T, other=0.0)
         if CENTER:
-            normed -= tl.load(mean + n, t < T, other=0.0)[:, None]
-        normed *= r[:, None]  # not zero outside the mask; every use multiplies it by g, which is
+            normed = tl.where(mask, normed - tl.load(mean + n, t < T, other=0.0)[:, None], 0.0)
+        normed *= r[:, None]
         if dw_partial is not None:
             dw += g * normed
         if db_partial is not None:
@@ -123,7 +123,7 @@ def _backward(
             out = g - normed * mean_gn[:, None]
             if CENTER:
                 # The mean of out. That of normed is a rounding error, which is all there is of a gradient at D = 2.
-                out -= ((tl.sum(g, 1) - mean_gn * tl.sum(tl.where(mask, normed, 0.0), 1)) / D)[:, None]
+                out -= ((tl.sum(g, 1) - mean_gn * tl.sum(normed, 1)) / D)[:, None]
             out *= r[:, None]
             if dh_out is not None:
                 out += tl.load(dh_out + at, mask, other=0.0).to(tl.float32)
@@ -195,6 +195,10 @@ def backward(
     long = _is_long(D, gate, seed)
     # With 8 warps the long backward kernel spilled 8 bytes on sm_100 (residual add, bf16); with 4 and a gate, more.
     BLOCK_N, BLOCK_D, num_warps = (1, LONG_BLOCK, 8 if branched else 4) if long else tile(D, T)
+    # A kernel that holds little is told of its two programs: the assembler by itself spilled 8 bytes to fit one more
+    # (sm_80, long rows; sm_100, no parameters). Others hold more than that share of the registers, or just as much.
+    lean = not branched and (long or (weight is None and bias is None and num_warps <= 16))
+    side_by_side = 2 if lean else None
     shared = (weight, bias, gate)
     inputs = (h_rows, *_rows(x, weight, gate))
     operands = (*inputs, dy, dh_out, bias, seed)
@@ -223,11 +227,13 @@ def backward(
         free = {"BLOCK_D": BLOCK_D, "num_warps": num_warps}
         launch(long_norm.row_means, (N,),
             dy, h_rows, w, mean, rstd, mean_gn, mean_g, h_rows.stride(0), *_strides((w,)), T, D, weight_offset,
-            **measured(long_norm.row_means, (dy, h_rows, w), free, CENTER=center),
+            side_by_side=side_by_side, **measured(long_norm.row_means, (dy, h_rows, w), free, CENTER=center),
         )  # fmt: skip
-        launch(long_norm.backward, (P * G, column_blocks), *pointers, mean_gn, mean_g, *outputs, *sizes, **meta)
+        launch(long_norm.backward, (P * G, column_blocks),
+            *pointers, mean_gn, mean_g, *outputs, *sizes, side_by_side=side_by_side, **meta,
+        )  # fmt: skip
     else:
-        launch(_backward, (P * G,), *pointers, *outputs, *sizes, **meta)
+        launch(_backward, (P * G,), *pointers, *outputs, *sizes, side_by_side=side_by_side, **meta)
     dshared = (None if s is None else group_sum(s, t) for s, t in zip(partial, shared, strict=True))
     return (dx if branched else dh), dh, *dshared, None
 
