@@ -183,7 +183,7 @@ MUTANTS = {
     "the first tile of each program only": Mutant(
         "binary_cross_entropy_with_logits",
         "binary_losses",
-        "tl.cdiv(N, BLOCK_N) * across, tl.num_programs(0)",
+        "tl.cdiv(N, BLOCK_N) * tl.cdiv(D, BLOCK_D), tl.num_programs(0)",
         "tl.num_programs(0), tl.num_programs(0)",
     ),
     "a running gap that is not moved to the new maximum": Mutant(

@@ -51,7 +51,7 @@ def _multiprocessors(device: torch.device) -> int:
 limits_registers = torch.version.cuda is not None
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, side_by_side: int | None = None, **meta) -> None:
+def launch(kernel, grid: tuple[int, ...], *arguments, side_by_side=None, **meta) -> None:
     """Launch a kernel whose multiplications and additions are fused, which Triton 3.10 does only where it is told.
 
     ``side_by_side`` programs are to share a multiprocessor, and its 65,536 registers. NVIDIA's assembler, if it is not
