@@ -18,8 +18,8 @@ from torch import Tensor
 #: elements in the cache, a twentieth at 4,096 from memory.
 LONGEST = 2_048
 BLOCK = 1_024
-#: Sums of fewer blocks the compiler writes out in the loop that uses them, which keeps it from running that loop on a row
-#: while the row is in the cache: LayerNorm's gradient of float32 [4096, 4096] took 51 ms in two blocks, 44 in eight.
+#: Sums of fewer blocks are written out in the loop that uses them, which the compiler then does not run on a row while
+#: the row is in the cache: LayerNorm's gradient of float32 [4096, 4096] took 51 ms in two blocks, 44 in eight.
 FEWEST_BLOCKS = 8
 
 
