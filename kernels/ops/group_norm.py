@@ -170,9 +170,9 @@ def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: 
     return fused(_compiled_forward, _compiled_backward, vjp(reference), (x, weight, bias), options)
 
 
-#: float32 images of fewer elements are ATen's both ways, which keeps what the activation saw, too, and takes less of the
-#: host, a tenth of the time here: [2, 1280, 256] with SiLU took 1.7 ms for 2.0, but [2, 320, 4096] 7.6 for 6.5 (one thread
-#: on two cores of an AMD EPYC, process time).
+#: float32 images of fewer elements are ATen's both ways. That keeps what the activation saw, too, and takes less of the
+#: host, a tenth of the time here: [2, 1280, 256] with SiLU took 1.7 ms for 2.0, but [2, 320, 4096] 7.6 for 6.5 (one
+#: thread on two cores of an AMD EPYC, process time).
 SMALL = 2**20
 
 
