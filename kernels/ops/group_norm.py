@@ -76,7 +76,8 @@ def group_norm(
     """Group normalization, and the activation behind it: ``act((x − mean(x)) / √(var(x) + eps) · weight + bias)``.
 
     Computed in float32 and rounded once. The backward pass keeps x and the groups' statistics, and recomputes what the
-    activation saw; only of small float32 images on the CPU that is kept, too. Images in ``torch.channels_last`` are read where they lie.
+    activation saw; only of small float32 images on the CPU that is kept, too. Images in ``torch.channels_last`` are
+    read where they lie.
 
     Args:
         x: floating-point tensor [N, C, *].
