@@ -192,7 +192,14 @@ def exp(x: Tensor) -> Tensor:
     return torch.exp2(x * math.log2(math.e))
 
 
-def column_sum(parameter: Tensor, *factors: Tensor, rows: int = 32) -> Tensor:
+#: Rows of this many elements or more are added up eight at a time, shorter ones 32 at a time. A block is read column by
+#: column, and lines of more than eight long rows drive each other out of the cache: bfloat16 [4096, 4096] took 6.0 ms
+#: for 11.5, [2048, 1024] 0.9 for 1.8, float32 [4096, 1152] 2.8 for 3.6; of [65536, 128], in eights, 11.0 for 6.0 (Σ g·n
+#: and Σ g, one thread on two cores of an AMD EPYC, process time).
+LONG_ROW = 1024
+
+
+def column_sum(parameter: Tensor, *factors: Tensor) -> Tensor:
     """Σ of the product over the rows that share a row of the parameter: the gradient of the parameter.
 
     It is summed up in blocks of rows, which stay in the cache, and then over the blocks; in float32 or wider.
@@ -202,11 +209,17 @@ def column_sum(parameter: Tensor, *factors: Tensor, rows: int = 32) -> Tensor:
     groups = math.prod(parameter.shape[:-1])
     T = math.prod(factors[0].shape[:-1]) // max(groups, 1)
     factors = tuple(f.reshape(groups, T, D) for f in factors)
-    if rows > T:
-        total = functools.reduce(torch.mul, factors).sum(1, dtype=wide)
-    else:
-        # Cut up before they are multiplied: the compiler would write a product that is read twice to memory.
-        blocks = functools.reduce(torch.mul, [f.unfold(1, rows, rows) for f in factors])
-        rest = functools.reduce(torch.mul, [f[:, T // rows * rows :] for f in factors])
-        total = blocks.sum(-1, dtype=wide).sum(1) + rest.sum(1, dtype=wide)
+    total = _row_sum(factors, 8 if D >= LONG_ROW else 32, wide)
     return total.view(parameter.shape).to(parameter.dtype)
+
+
+def _row_sum(factors: Sequence[Tensor], rows: int, wide: torch.dtype) -> Tensor:
+    """[groups, T, D] each → [groups, D], the sum of their product over T."""
+    T = factors[0].shape[1]
+    if rows > T:
+        return functools.reduce(torch.mul, factors).sum(1, dtype=wide)
+    # Cut up before they are multiplied: the compiler would write a product that is read twice to memory.
+    blocks = functools.reduce(torch.mul, [f.unfold(1, rows, rows) for f in factors]).sum(-1, dtype=wide)
+    rest = functools.reduce(torch.mul, [f[:, T // rows * rows :] for f in factors])
+    total = blocks.sum(1) if rows >= 16 else _row_sum((blocks,), 16, wide)
+    return total + rest.sum(1, dtype=wide)

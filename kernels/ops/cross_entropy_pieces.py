@@ -83,7 +83,7 @@ def replace_by_gradient(
     x: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, peak: Tensor, log_sum: Tensor, **options: Any
 ) -> None:
     """Write the gradient of Σ scale·loss over the logits x [N, C]."""
-    x.copy_(gradient(scale, x, target, weight, peak, log_sum, reduction="none", **options))
+    x.copy_(gradient(scale, x, target, weight, peak, log_sum, reduction="none", scattered=False, **options))
 
 
 def gradient(
@@ -99,8 +99,14 @@ def gradient(
     label_smoothing: float,
     softcap: float | None,
     z_loss: float,
+    scattered: bool = True,
 ) -> Tensor:
-    """The gradient of the logits in closed form: x is read once and nothing of its size is kept."""
+    """The gradient of the logits in closed form: x is read once and nothing of its size is kept.
+
+    Those of the targets are written over the others, unless the result is to be written over x, which would then take a
+    buffer of its own: to ask of every class whether it is the target took float32 [8192, 256] 1.7 ms for 1.4, and
+    [1024, 32000] 25 for 17 (one thread on two cores of an AMD EPYC, process time).
+    """
     classes = 1 if x.dim() > 1 else 0
     C = x.shape[classes]
     ignored = (target == ignore_index).unsqueeze(classes)
@@ -112,15 +118,24 @@ def gradient(
     if reduction == "mean":
         grad = grad / w.masked_fill(ignored, 0.0).sum()
     pull = (1.0 - label_smoothing) * w
-    every = torch.arange(C, device=x.device).view(-1, *[1] * (x.dim() - classes - 1))
-    p = (s - peak - log_sum).exp()
-    ds = torch.where(every == index, p - 1.0, p) * pull
-    if label_smoothing:
-        each = torch.ones_like(every, dtype=s.dtype) if weight is None else weight.to(s.dtype).view(every.shape)
-        ds = ds + label_smoothing / C * (p * each.sum() - each)
-    if z_loss:
-        ds = ds + p * (2.0 * z_loss * w * (peak + log_sum))
-    ds = ds * grad
-    if softcap is not None:
-        ds = ds * (1.0 - (s / softcap).square())
-    return ds.masked_fill(ignored, 0.0).to(x.dtype)
+    smoothed = label_smoothing / C
+    total: float | Tensor = C if weight is None else weight.to(s.dtype).sum()
+
+    def slope(s: Tensor, own: Tensor | float, each: Tensor | float) -> Tensor:
+        """The gradient of scores of classes that weigh ``each``; ``own`` is 1 for those of the targets, else 0."""
+        p = (s - peak - log_sum).exp()
+        ds = (p - own) * pull
+        if label_smoothing:
+            ds = ds + smoothed * (p * total - each)
+        if z_loss:
+            ds = ds + p * (2.0 * z_loss * w * (peak + log_sum))
+        ds = ds * grad
+        if softcap is not None:
+            ds = ds * (1.0 - (s / softcap).square())
+        return ds.masked_fill(ignored, 0.0).to(x.dtype)
+
+    weights = 1.0 if weight is None else weight.to(s.dtype).view(-1, *[1] * (x.dim() - classes - 1))
+    if not scattered:
+        every = torch.arange(C, device=x.device).view(-1, *[1] * (x.dim() - classes - 1))
+        return slope(s, (every == index).to(s.dtype), weights)
+    return slope(s, 0.0, weights).scatter(classes, index, slope(s.gather(classes, index), 1.0, w))

@@ -208,7 +208,7 @@ def _gradients(
     groups: int,
     **_: Any,
 ) -> Gradients:
-    """The gradients of x, gate and weight in closed form, the weight's in two levels (``compiled.column_sum``)."""
+    """The gradients of x, gate and weight in closed form, the weight's in blocks (``compiled.column_sum``)."""
     value, z, g = (t.to(rstd.dtype) for t in (x, gate, dy))
     a, slope = _activated(z, activation)
     n = (_grouped(value if norm_before_gate else value * a, groups) * rstd).flatten(-2)
