@@ -8,7 +8,9 @@ dtype under test. An implementation may be wrong by
 elementwise, for every output and every input gradient, where the scale is the largest magnitude in that result.
 The error of ``plain`` is a random number, and on a small tensor sometimes zero by luck; it is therefore the largest
 of a few runs on rescaled copies of the inputs and cotangents, and of more where few put an implementation over its
-budget. Nothing else is tunable: there is no tolerance to widen.
+budget. The order in which a product of matrices is added up depends on its shape, which an implementation may choose:
+there the error may also be what one rounding step of each operand makes of the truth. Nothing else is tunable: there is no
+tolerance to widen.
 """
 
 from __future__ import annotations
@@ -252,6 +254,8 @@ def _compare(case: Case, call: Call, cotangents: list[Tensor], got: Results, der
         own_error = max(_error(p.values[name], t.values[name]) for t, p in runs)
         if error > case.op.slack * (own_error + step) and len(runs) == len(RESCALED):
             runs += [_reference_runs(case, call, cotangents, derive, s) for s in IN_DOUBT]
+            if case.op.flops:
+                runs += [(truth, _rounded_truth(case, call, cotangents, derive, seed)) for seed in range(4)]
             own_error = max(_error(p.values[name], t.values[name]) for t, p in runs)
         budget = case.op.slack * (own_error + step)
         assert error <= budget, (
@@ -278,11 +282,30 @@ def _reference_runs(
     with _reference_runs_with() as options:
         plain = derive(*_run(case.op.fn, plain_call), cotangents)
     wide_call = _map(plain_call, lambda t: t.detach().double().requires_grad_(t.requires_grad))
-    # The same eps, which may depend on the dtype; a dtype that is itself an option is as wide as the operands.
-    wide_options = {name: torch.float64 if isinstance(o, torch.dtype) else o for name, o in options.items()}
-    with _reference_runs_with(wide_options):
+    with _reference_runs_with(_widened(options)):
         truth = derive(*_run(case.op.fn, wide_call), [c.double() for c in cotangents])
     return truth, plain
+
+
+def _rounded_truth(
+    case: Case, call: Call, cotangents: list[Tensor], derive: Callable[..., Results], seed: int
+) -> Results:
+    """The truth about operands that are each off by up to one rounding step."""
+    generator = torch.Generator(case.device).manual_seed(seed)
+
+    def rounded(t: Tensor) -> Tensor:
+        off = torch.empty_like(t, dtype=torch.float64).uniform_(-1.0, 1.0, generator=generator)
+        return (t.detach().double() * (1.0 + torch.finfo(t.dtype).eps * off)).requires_grad_(t.requires_grad)
+
+    with _reference_runs_with() as options:
+        derive(*_run(case.op.fn, call), cotangents)
+    with _reference_runs_with(_widened(options)):
+        return derive(*_run(case.op.fn, _map(call, rounded)), [c.double() for c in cotangents])
+
+
+def _widened(options: dict[str, Any]) -> dict[str, Any]:
+    """The same eps, which may depend on the dtype; a dtype that is itself an option is as wide as the operands."""
+    return {name: torch.float64 if isinstance(o, torch.dtype) else o for name, o in options.items()}
 
 
 @contextmanager
