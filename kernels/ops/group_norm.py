@@ -76,8 +76,7 @@ def group_norm(
     """Group normalization, and the activation behind it: ``act((x − mean(x)) / √(var(x) + eps) · weight + bias)``.
 
     Computed in float32 and rounded once. The backward pass keeps x and the groups' statistics, and recomputes what the
-    activation saw; only of small float32 images on the CPU that is kept, too. Images in ``torch.channels_last`` are
-    read where they lie.
+    activation saw. Images in ``torch.channels_last`` are read where they lie.
 
     Args:
         x: floating-point tensor [N, C, *].
@@ -165,22 +164,7 @@ def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: 
         # ATen's operator refuses images without pixels; and x·scale + shift of a group of one element, which should be
         # the bias, is off by a rounding of x/√ε.
         return reference(x, weight, bias, **options)
-    if _small(x, weight, bias, **options):
-        z = F.group_norm(x, options["num_groups"], weight, bias, options["eps"])
-        return activated(z, options["activation"])
     return fused(_compiled_forward, _compiled_backward, vjp(reference), (x, weight, bias), options)
-
-
-#: float32 images of fewer elements are ATen's both ways. That keeps what the activation saw, too, and takes less of the
-#: host, a tenth of the time here: [2, 1280, 256] with SiLU took 1.7 ms for 2.0, but [2, 320, 4096] 7.6 for 6.5 (one
-#: thread on two cores of an AMD EPYC, process time).
-SMALL = 2**20
-
-
-def _small(x: Tensor, *affine: Tensor | None, activation: Activation, **_: Any) -> bool:
-    """Whether ATen's kernels run, one for the norm and one for the activation."""
-    plain = activation[0] in ("none", "relu", "silu", "leaky_relu") and x.is_contiguous() and x.numel() < SMALL
-    return plain and all(t is None or t.dtype == torch.float32 for t in (x, *affine))
 
 
 def _compiled_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
