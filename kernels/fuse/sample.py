@@ -39,6 +39,10 @@ class Draw(NamedTuple):
         """Twice the same, along a dim of all inputs."""
         return self._replace(inputs=tuple(torch.cat([t, t], dim) for t in self.inputs))
 
+    def scaled(self, factor: float) -> Draw:
+        """The floating-point inputs times ``factor``."""
+        return self._replace(inputs=tuple(t * factor if t.is_floating_point() else t for t in self.inputs))
+
 
 class Sample:
     """Float64 copies of ``module`` with drawn parameters and no hooks, on its own device (meta: on the CPU).
