@@ -185,6 +185,13 @@ def _backend(graph: Any, inputs: Any) -> Any:
     return compile_fx(graph, inputs, decompositions={**select_decomp_table(), **long_sums.decompositions()})
 
 
+def tracing() -> bool:
+    """Whether a function runs to be compiled, and not for its result."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # here: it imports Triton
+
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
+
+
 def exp(x: Tensor) -> Tensor:
     """The exponential by way of exp2, which takes less time on the CPU; and where it is read twice the compiler leaves
     it in registers, and writes what exp gives to memory.

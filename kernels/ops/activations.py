@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compiled import tracing
+
 
 def _gelu(x: Tensor) -> Tensor:
-    # F.gelu's vectorized CPU form gives NaN at +inf in float32; everywhere else, and in float64, it gives inf.
-    return torch.where(x == torch.inf, x, F.gelu(x))
+    # F.gelu's vectorized CPU form gives NaN at +inf in float32; everywhere else, in float64 and compiled, it gives inf.
+    return F.gelu(x) if tracing() else torch.where(x == torch.inf, x, F.gelu(x))
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
