@@ -22,8 +22,8 @@ from .sample import Draw, Exactly, Refused
 SLACK = 2.0
 
 #: The largest error of one draw is partly luck. Where the fused form is over its budget, both are measured again on so
-#: many further draws, each scaled down a little more: an example's is always the same. The largest errors of all of them
-#: are compared.
+#: many further draws, each scaled down a little more, because an example's are all the same. The largest errors of all
+#: of them are compared.
 REPEATS = 7
 
 #: The float64 copy must compute the same function as the original, or it is no judge: an error of more rounding steps
