@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from braze.benchmarks import ops_case
 from braze.kernels import dispatch, sharding, use_backend
 from braze.kernels.op import Call, Draw, Op
 
@@ -254,7 +255,7 @@ def _compare(case: Case, call: Call, cotangents: list[Tensor], got: Results, der
         own_error = max(_error(p.values[name], t.values[name]) for t, p in runs)
         if error > case.op.slack * (own_error + step) and len(runs) == len(RESCALED):
             runs += [_reference_runs(case, call, cotangents, derive, s) for s in IN_DOUBT]
-            if case.op.flops:
+            if _multiplies_matrices(case.op):
                 runs += [(truth, _rounded_truth(case, call, cotangents, derive, seed)) for seed in range(4)]
             own_error = max(_error(p.values[name], t.values[name]) for t, p in runs)
         budget = case.op.slack * (own_error + step)
@@ -285,6 +286,11 @@ def _reference_runs(
     with _reference_runs_with(_widened(options)):
         truth = derive(*_run(case.op.fn, wide_call), [c.double() for c in cotangents])
     return truth, plain
+
+
+def _multiplies_matrices(op: Op) -> bool:
+    bench = ops_case.Case(op, op.bench[0], torch.float32, torch.device("cpu"))
+    return bench.matmul_flops(ops_case.FORWARD) is not None
 
 
 def _rounded_truth(
