@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import long_sums
+from . import long_sums, special_functions
 from .autograd import Gradients, fused, vjp
 
 
@@ -117,6 +117,9 @@ _widths: dict[tuple[Any, ...], set[Any]] = {}
 _exact_calls: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _flexible_calls: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _serial = itertools.count()
+#: Products are added unrounded, which torch.compile leaves out to agree with eager code to the last bit. In bfloat16,
+#: bias_act [3152, 3072] takes 5.7 ms for 7.4; layer_norm [2048, 1024], both ways, 2.5 for 3.1 (one core of an EPYC).
+OPTIONS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
 
 
 def _few(seen: dict[tuple[Any, ...], set[Any]], kind: tuple[Any, ...], sizes: Any, most: int) -> bool:
@@ -139,8 +142,8 @@ def _compile_exactly(
         return function(*(t if t is None else next(given) for t in tensors), **options)
 
     present: list[Any] = [t for t in tensors if t is not None]
-    traced = make_fx(call, tracing_mode="fake", decomposition_table=long_sums.decompositions())(*present)
-    code = torch._inductor.compile(traced, present)
+    traced = make_fx(call, tracing_mode="fake", decomposition_table=_decompositions())(*present)
+    code = torch._inductor.compile(traced, present, options=OPTIONS)
 
     def run(*arguments: Tensor | None) -> Any:
         outputs = code(*(t for t in arguments if t is not None))
@@ -182,7 +185,12 @@ def _backend(graph: Any, inputs: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
-    return compile_fx(graph, inputs, decompositions={**select_decomp_table(), **long_sums.decompositions()})
+    table = {**select_decomp_table(), **_decompositions()}
+    return compile_fx(graph, inputs, config_patches=OPTIONS, decompositions=table)
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    return {**long_sums.decompositions(), **special_functions.decompositions()}
 
 
 def tracing() -> bool:

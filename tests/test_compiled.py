@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from braze.kernels import RMS_NORM, compiled, rms_norm, use_backend
 
+from . import budget
 from .contract import poisoned_allocations
+
+SPECIAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "tanh": torch.tanh,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +102,24 @@ def test_a_long_row_of_equal_numbers_is_added_up_in_blocks(
     wide = x.double()
     errors = [(total.double() / wide.sum(-1) - 1.0).abs().max(), (mean.double() / wide.mean() - 1.0).abs()]
     assert max(errors) <= 8 * torch.finfo(torch.float32).eps  # in one go: 31 and 42
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["any shape", "one shape"])
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "tanh"])
+def test_special_functions_are_right_everywhere(name: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the smallest to the largest number, with the derivative; infinities give what they give in float64."""
+    function = SPECIAL[name]
+    monkeypatch.setattr(compiled, "MOST_SHAPES", 2 * exact)
+    magnitudes = torch.cat([torch.logspace(-45, 1, 5_000), torch.linspace(0, 15, 20_000), torch.logspace(1, 9, 5_000)])
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, pullback = torch.func.vjp(function, x)
+        return y, *pullback(torch.ones_like(y))
+
+    for largest in (0.25, 1.0, 15.0, 1e9):
+        for x in (magnitudes.clamp(max=largest), -magnitudes.clamp(max=largest)):
+            assert budget.excess(compiled.compiled_call(both, (x,), {}), both(x), both(x.double())) <= 1
+
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0]).repeat(7)
+    for mine, truth in zip(compiled.compiled_call(both, (x,), {}), both(x.double()), strict=True):
+        torch.testing.assert_close(mine, truth.float(), rtol=0, atol=1e-6, equal_nan=True)

@@ -72,32 +72,11 @@ def _triton(x: Tensor) -> Tensor:
     return fused(kernels.forward, kernels.backward, vjp(reference), (x,), {})
 
 
-#: Longer rows are ATen's forward: of bfloat16 [512, 50304] in 0.93 of the time.
-LONGEST = 8192
-
-
 def _compiled(x: Tensor) -> Tensor:
     if x.dtype == torch.float32:
         # ATen's kernels: at the sizes below 0.57 to 0.88 of the compiled form's time, on two cores of an EPYC.
         return torch.log_softmax(x, -1)
-    if x.shape[-1] > LONGEST:
-        return fused(_atens_forward, _recomputing_backward, vjp(reference), (x,), {})
     return fused(_compiled_forward, _compiled_backward, vjp(reference), (x,), {})
-
-
-def _atens_forward(x: Tensor) -> tuple[Tensor, Any]:
-    return torch.log_softmax(x, -1), (x,)  # in float32 inside too, and rounded once
-
-
-def _recomputing_backward(grads: Any, saved: Any, needs: Any) -> Gradients:
-    return (compiled_call(_recomputing_gradient, (*grads, *saved), {}),)
-
-
-def _recomputing_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dy − p·Σ dy."""
-    p = torch.softmax(x.to(torch.promote_types(x.dtype, torch.float32)), -1)
-    g = dy.to(p.dtype)
-    return (g - p * g.sum(-1, keepdim=True)).to(x.dtype)
 
 
 def _compiled_forward(x: Tensor) -> tuple[Tensor, Any]:

@@ -1,0 +1,75 @@
+"""GELU and tanh of float32, for code that the compiler makes for the CPU.
+
+Its own erf and tanh are function calls of 0.7 and 1.4 ns for an element, where reading and writing it in the cache
+takes 0.2 (one core of an AMD EPYC, AVX-512). Taken apart as here, GELU takes 0.7 ns for 0.9, tanh 0.8 for 1.7, GELU's
+approximation by tanh 0.6 for 1.9 and its gradient 0.8 for 2.0, all with reading and writing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: (Φ(x) − ½) / x for |x| ≤ LAST as a ratio of polynomials of x², of the least relative error, 2e-8. No coefficient is
+#: negative, so that nothing cancels.
+LAST = 5.5
+ABOVE = (0.398942274, 0.0334595647, 0.00465152364, 0.000164580191, 6.30159818e-06, 2.29304637e-08)
+BELOW = (1.0, 0.250537093, 0.028416515, 0.0018606841, 7.21688617e-05, 1.19900826e-06)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """What the operators' special functions are taken apart by."""
+    aten = torch.ops.aten
+    return {aten.gelu.default: _gelu, aten.gelu_backward.default: _gelu_backward, aten.tanh.default: _tanh}
+
+
+def _gelu(x: Tensor, *, approximate: str = "none") -> Any:
+    if x.dtype != torch.float32:
+        return NotImplemented
+    return x * (_cdf(x) if approximate == "none" else _sigmoid(x))
+
+
+def _gelu_backward(dy: Tensor, x: Tensor, *, approximate: str = "none") -> Any:
+    if x.dtype != torch.float32:
+        return NotImplemented
+    if approximate == "none":
+        density = torch.exp2(x * x * (-0.5 * math.log2(math.e))) * (1 / math.sqrt(2 * math.pi))
+        return dy * (_cdf(x) + x * density)
+    s = _sigmoid(x)
+    slope = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
+    return dy * (s + x * (s * (1 - s)) * slope)
+
+
+def _cdf(x: Tensor) -> Tensor:
+    """Φ(x), 0 below −LAST: with Φ(−LAST) = 2e-8 for all x further down, x·Φ(x) would grow again."""
+    u = x.clamp(-LAST, LAST)
+    q = u * u
+    return torch.where(x < -LAST, 0.0, 0.5 + u * (_polynomial(ABOVE, q) / _polynomial(BELOW, q)))
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """(1 + tanh z) / 2 = σ(2z) of GELU's z = √(2/π)·(x + 0.044715·x³): accurate where 1 + tanh z cancels."""
+    return 1 / (1 + torch.exp2(x * (1 + 0.044715 * x * x) * (-2 * math.sqrt(2 / math.pi) * math.log2(math.e))))
+
+
+def _tanh(x: Tensor) -> Any:
+    """From exp(−2|x|), which cannot overflow; near 0, where 1 − exp cancels, five terms of the series."""
+    if x.dtype != torch.float32:
+        return NotImplemented
+    a = x.abs()
+    e = torch.exp2(a * (-2 * math.log2(math.e)))
+    far = (1 - e) / (1 + e)
+    near = x * _polynomial((1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835), x * x)
+    return torch.where(a < 0.25, near, torch.where(x < 0, -far, far))
+
+
+def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    *others, last = coefficients
+    total = x * last + others.pop()
+    while others:
+        total = total * x + others.pop()
+    return total
