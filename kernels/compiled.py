@@ -98,7 +98,15 @@ def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None]
         if _few(_shapes, kind, exact, MOST_SHAPES):
             call = _exact_calls[exact] = _compile_exactly(function, detached, options)
             return call(*detached)
-        return _flexible_call(function, kind, detached, options)
+        call = _flexible(function, kind, detached)
+        if hash(exact) in _ran:
+            return call(*detached, **options)
+        # It may have to compile, for another side of a boundary that the sizes are compared with, of which there may
+        # be more than Dynamo's eight; options are constants.
+        with torch._dynamo.config.patch(specialize_float=True, recompile_limit=MOST_VARIANTS):
+            outputs = call(*detached, **options)
+        _ran.add(hash(exact))
+        return outputs
 
 
 def _described(t: Tensor | None) -> tuple[Any, ...] | None:
@@ -112,10 +120,14 @@ MOST_SHAPES = 2
 #: Widths of rows that do after that; further ones share code for any width.
 #: With a constant width softmax of float32 [4096, 1024] took 2.7 ms, with a variable one 3.6 (two cores of an EPYC).
 MOST_WIDTHS = 4
+#: Variants of code for any size, by the boundaries between which its sizes lie.
+MOST_VARIANTS = 100
 _shapes: dict[tuple[Any, ...], set[Any]] = {}
 _widths: dict[tuple[Any, ...], set[Any]] = {}
 _exact_calls: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _flexible_calls: dict[tuple[Any, ...], Callable[..., Any]] = {}
+#: Hashes of shapes, with all else that code depends on, that ran in such code.
+_ran: set[int] = set()
 _serial = itertools.count()
 #: Products are added unrounded, which torch.compile leaves out to agree with eager code to the last bit. In bfloat16,
 #: bias_act [3152, 3072] takes 5.7 ms for 7.4; layer_norm [2048, 1024], both ways, 2.5 for 3.1 (one core of an EPYC).
@@ -152,19 +164,15 @@ def _compile_exactly(
     return run
 
 
-def _flexible_call(
-    function: Callable[..., Any], kind: tuple[Any, ...], tensors: Sequence[Tensor | None], options: Mapping[str, Any]
-) -> Any:
-    """Call code for any number of rows of these widths, or for any width."""
+def _flexible(function: Callable[..., Any], kind: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> Any:
+    """Code for any number of rows of these widths, or for any width."""
     widths = tuple(t.shape[-1] if t is not None and t.dim() > 1 else None for t in tensors)
     if not _few(_widths, kind, widths, MOST_WIDTHS):
         widths = ()
     call = _flexible_calls.get((kind, widths))
-    if call is not None:
-        return call(*tensors, **options)
-    call = _flexible_calls[kind, widths] = _compile_flexibly(function, widths)
-    with torch._dynamo.config.patch(specialize_float=True):
-        return call(*tensors, **options)
+    if call is None:
+        call = _flexible_calls[kind, widths] = _compile_flexibly(function, widths)
+    return call
 
 
 def _compile_flexibly(function: Callable[..., Any], widths: tuple[int | None, ...]) -> Callable[..., Any]:
@@ -174,8 +182,8 @@ def _compile_flexibly(function: Callable[..., Any], widths: tuple[int | None, ..
                 torch._dynamo.mark_static(t, t.dim() - 1)
         return function(*tensors, **options)
 
-    # Dynamo counts recompiles per code object and falls back to eager, in silence, after eight. Each kind of call gets
-    # a code object of its own, so only sizes can recompile, and dynamic=True covers those.
+    # Dynamo counts recompiles per code object. Each kind of call gets a code object of its own, so that only sizes can
+    # recompile.
     code = call.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     copy = types.FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
     return torch.compile(copy, backend=_backend, dynamic=True, fullgraph=True)

@@ -29,6 +29,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_flexible_calls", {})
     monkeypatch.setattr(compiled, "_shapes", {})
     monkeypatch.setattr(compiled, "_widths", {})
+    monkeypatch.setattr(compiled, "_ran", set())
     monkeypatch.setattr(compiled, "MOST_SHAPES", 0)
 
 
@@ -89,6 +90,21 @@ def test_the_first_widths_have_code_of_their_own_and_the_others_share_one(monkey
     for width in (96, 33, 64):
         check(48, width)
     assert graphs() == before + 2
+
+
+def test_sizes_on_all_sides_of_many_boundaries_run() -> None:
+    """Dynamo gives up after eight variants, with an error."""
+    boundaries = [2**i for i in range(3, 13)]
+
+    def stepped(x: Tensor, *, factor: float) -> Tensor:
+        return x * factor * sum(x.shape[0] > boundary for boundary in boundaries)
+
+    before = graphs()
+    for _ in range(2):
+        for i, boundary in enumerate(boundaries):
+            got = compiled.compiled_call(stepped, (torch.ones(boundary, 4),), {"factor": 0.5})
+            torch.testing.assert_close(got, torch.full((boundary, 4), 0.5 * i))
+    assert graphs() == before + len(boundaries)
 
 
 @pytest.mark.parametrize("most_shapes", [0, 1])
