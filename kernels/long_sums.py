@@ -17,6 +17,8 @@ from torch import Tensor
 #: Rows up to here are added up in one go: a sum of its own costs an allocation, a fifth of RMSNorm's time at 2,048
 #: elements in the cache, a twentieth at 4,096 from memory.
 LONGEST = 2_048
+#: The same where all that there is gives one number: that is one allocation.
+LONGEST_OF_ALL = 256
 BLOCK = 1_024
 #: Sums of fewer blocks are written out in the loop that uses them, which the compiler then does not run on a row while
 #: the row is in the cache: LayerNorm's gradient of float32 [4096, 4096] took 51 ms in two blocks, 44 in eight.
@@ -36,10 +38,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 def _sum(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
     over = {dim % x.dim() for dim in dims or range(x.dim())} if x.dim() else set()
-    if x.dim() - 1 not in over or not x.is_floating_point() or math.prod(x.shape[dim] for dim in over) <= LONGEST:
+    longest = LONGEST_OF_ALL if len(over) == x.dim() else LONGEST
+    if x.dim() - 1 not in over or not x.is_floating_point() or math.prod(x.shape[dim] for dim in over) <= longest:
         return NotImplemented
     values = x if dtype is None else x.to(dtype)
-    total = _row_sums(values) if x.shape[-1] > LONGEST else values.sum(-1, keepdim=True)
+    total = _row_sums(values) if x.shape[-1] > longest else values.sum(-1, keepdim=True)
     others = sorted(over - {x.dim() - 1})
     if others:
         total = total.sum(others, keepdim=True)
