@@ -9,8 +9,8 @@ elementwise, for every output and every input gradient, where the scale is the l
 The error of ``plain`` is a random number, and on a small tensor sometimes zero by luck; it is therefore the largest
 of a few runs on rescaled copies of the inputs and cotangents, and of more where few put an implementation over its
 budget. The order in which a product of matrices is added up depends on its shape, which an implementation may choose:
-there the error may also be what one rounding step of each operand makes of the truth. Nothing else is tunable: there is
-no tolerance to widen.
+there the error may also be what one rounding step of each operand makes of the truth, and where its terms overflow, a
+result need only be no finite number. Nothing else is tunable: there is no tolerance to widen.
 """
 
 from __future__ import annotations
