@@ -1,8 +1,9 @@
 """Paired timing: providers take turns, so that a slow minute of the machine slows all of them.
 
 One round times every provider once, in an order shuffled anew for each round; a sample is as many calls as take
-``SAMPLE_SECONDS`` or more. What is reported is the median with its quartiles, and, against a baseline, the typical
-ratio *within* a round with its confidence interval: drifts that outlast a round cancel.
+``SAMPLE_SECONDS`` or more, of every provider equally many where that is not too long. What is reported is the median
+with its quartiles, and, against a baseline, the typical ratio *within* a round with its confidence interval: drifts
+that outlast a round cancel.
 
 A clock decides what a call finds in the caches. Warm: what the calls before it left there. Cold: nothing of its own.
 """
@@ -40,6 +41,10 @@ Clock = Callable[[Work, int], float]
 
 #: Long against the clock's resolution and a scheduler's tick (about 1 ms).
 SAMPLE_SECONDS = 2e-3
+#: Up to this, samples are as many calls as the quickest provider's. The first call of a sample finds the caches as the
+#: provider before left them, and of some graphs the first to be used up is the longest unused: where equal works had
+#: one call and two for a sample, they seemed to differ by a fifth.
+EQUAL_SECONDS = 2e-2
 
 
 class Quartiles(NamedTuple):
@@ -121,7 +126,7 @@ def compare(providers: Mapping[str, Work], clock: Clock, rounds: int, repetition
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     with _no_garbage_collection():
-        calls = {name: repetitions or _repetitions(work, clock) for name, work in providers.items()}
+        calls = {name: repetitions for name in providers} if repetitions else _repetitions(providers, clock)
         for _ in range(rounds):
             for name in order.sample(list(providers), len(providers)):
                 seconds[name].append(clock(providers[name], calls[name]) / calls[name])
@@ -279,8 +284,18 @@ def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else cpu_clock
 
 
-def _repetitions(work: Work, clock: Clock) -> int:
-    """As many calls as take ``SAMPLE_SECONDS`` where nothing interrupts them, by the quickest of all tries.
+def _repetitions(providers: Mapping[str, Work], clock: Clock) -> dict[str, int]:
+    """How many calls of each make a sample."""
+    seconds = {name: _seconds(work, clock) for name, work in providers.items()}
+    most = math.ceil(SAMPLE_SECONDS / min(seconds.values()))
+    return {
+        name: max(math.ceil(SAMPLE_SECONDS / call), min(most, int(EQUAL_SECONDS / call)))
+        for name, call in seconds.items()
+    }
+
+
+def _seconds(work: Work, clock: Clock) -> float:
+    """Those of a call where nothing interrupts it, by the quickest of tries of up to ``SAMPLE_SECONDS``.
 
     Equal works must get samples of equal length. Interruptions often miss a short one and never a long one: on a
     machine with five processes for each core, equal works whose lengths came from one try each seemed to differ six
@@ -292,7 +307,7 @@ def _repetitions(work: Work, clock: Clock) -> int:
     while repetitions * quickest < SAMPLE_SECONDS:
         repetitions *= 2
         quickest = min(quickest, _quickest(work, clock, repetitions))
-    return math.ceil(SAMPLE_SECONDS / quickest)
+    return quickest
 
 
 def _quickest(work: Work, clock: Clock, repetitions: int) -> float:

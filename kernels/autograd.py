@@ -59,11 +59,15 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, *grads):
         needs = ctx.needs_input_grad[5:]
         grads = grads[: len(grads) - ctx.statistics]
-        # Batched cotangents (is_grads_batched) and lazily negated ones are more than the memory that a kernel reads.
-        batched = any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
-        run = ctx.second if torch.is_grad_enabled() or batched else ctx.backward
-        with torch.set_grad_enabled(torch.is_grad_enabled() or batched):
-            gradients = run([g.resolve_neg() for g in grads], ctx.saved_tensors, needs, **ctx.options)
+        # Lazily negated cotangents and batched ones (is_grads_batched) are more than the memory that a kernel reads.
+        arguments = [g.resolve_neg() for g in grads], ctx.saved_tensors, needs
+        if any([torch._C._functorch.is_legacy_batchedtensor(g) for g in grads]):
+            with torch.enable_grad():
+                gradients = ctx.second(*arguments, **ctx.options)
+        elif torch.is_grad_enabled():
+            gradients = ctx.second(*arguments, **ctx.options)
+        else:
+            gradients = ctx.backward(*arguments, **ctx.options)
         return None, None, None, None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 

@@ -78,35 +78,56 @@ def plain_call(function: Callable[..., Any], tensors: Sequence[Tensor | None], o
 
 def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Any:
     """``function(*tensors, **options)``, compiled, with no record for autograd; the options become constants."""
-    if _launch is not None:
+    if torch.is_grad_enabled():
         with torch.no_grad():
-            return _launch(functools.partial(function, **options), [None if t is None else t.detach() for t in tensors])
-    surroundings = (
+            return compiled_call(function, tensors, options)
+    if _launch is not None:
+        return _launch(functools.partial(function, **options), [None if t is None else t.detach() for t in tensors])
+    constants = (
+        function,
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+        *options.items(),
     )
-    constants = (function, surroundings, *sorted(options.items()))
-    exact = (constants, *((t.dtype, t.device, t.shape, t.stride()) if t is not None else None for t in tensors))
+    exact = (constants, *[None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors])
+    call = _exact_calls.get(exact)
+    if call is None:
+        call = _compile(function, tensors, options, constants, exact)
+    return call(_present(tensors))
+
+
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+def _compile(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor | None],
+    options: Mapping[str, Any],
+    constants: tuple[Any, ...],
+    exact: tuple[Any, ...],
+) -> Callable[..., Any]:
+    """What takes a list of the tensors that are present: code for these shapes alone, or for any."""
     # Detached: Dynamo looks at .grad, which warns where a tensor is not a leaf.
     detached = [None if t is None else t.detach() for t in tensors]
-    with torch.no_grad():
-        call = _exact_calls.get(exact)
-        if call is not None:
-            return call(*detached)
-        kind = (constants, *map(_described, tensors))
-        if _few(_shapes, kind, exact, MOST_SHAPES):
-            call = _exact_calls[exact] = _compile_exactly(function, detached, options)
-            return call(*detached)
-        call = _flexible(function, kind, detached)
+    kind = (constants, *map(_described, tensors))
+    if _few(_shapes, kind, exact, MOST_SHAPES):
+        call = _exact_calls[exact] = _compile_exactly(function, detached, options)
+        return call
+    flexible = functools.partial(_flexible(function, kind, detached), *detached, **options)
+
+    def call(_: Any) -> Any:
         if hash(exact) in _ran:
-            return call(*detached, **options)
+            return flexible()
         # It may have to compile, for another side of a boundary that the sizes are compared with, of which there may
         # be more than Dynamo's eight; options are constants.
         with torch._dynamo.config.patch(specialize_float=True, recompile_limit=MOST_VARIANTS):
-            outputs = call(*detached, **options)
+            outputs = flexible()
         _ran.add(hash(exact))
         return outputs
+
+    return call
 
 
 def _described(t: Tensor | None) -> tuple[Any, ...] | None:
@@ -146,23 +167,29 @@ def _few(seen: dict[tuple[Any, ...], set[Any]], kind: tuple[Any, ...], sizes: An
 def _compile_exactly(
     function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    """Code for these shapes and strides, called without Dynamo, whose guards would ask again what the key answers."""
-    import torch._inductor
+    """Code for these shapes and strides, of a list of the tensors that are present, which it empties.
+
+    It runs without the guards of Dynamo, which would ask again what the key answers, and the wrappers of AOTAutograd,
+    which have nothing to do here.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
     from torch.fx.experimental.proxy_tensor import make_fx  # here: it imports Triton
 
-    def call(*present: Tensor) -> Any:
+    several = False
+
+    def outputs(*present: Tensor) -> Any:
+        nonlocal several
         given = iter(present)
-        return function(*(t if t is None else next(given) for t in tensors), **options)
+        found = function(*(t if t is None else next(given) for t in tensors), **options)
+        several = isinstance(found, tuple | list)
+        return found if several else (found,)
 
     present: list[Any] = [t for t in tensors if t is not None]
-    traced = make_fx(call, tracing_mode="fake", decomposition_table=_decompositions())(*present)
-    code = torch._inductor.compile(traced, present, options=OPTIONS)
-
-    def run(*arguments: Tensor | None) -> Any:
-        outputs = code(*(t for t in arguments if t is not None))
-        return tuple(outputs) if isinstance(outputs, list) else outputs
-
-    return run
+    graph = make_fx(outputs, tracing_mode="fake", decomposition_table=_decompositions())(*present)
+    with config.patch(OPTIONS):
+        code = compile_fx_inner(graph, present, is_inference=True).current_callable
+    return code if several else lambda present: code(present)[0]
 
 
 def _flexible(function: Callable[..., Any], kind: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> Any:
@@ -192,14 +219,14 @@ def _compile_flexibly(function: Callable[..., Any], widths: tuple[int | None, ..
 
 def _backend(graph: Any, inputs: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
 
-    table = {**select_decomp_table(), **_decompositions()}
-    return compile_fx(graph, inputs, config_patches=OPTIONS, decompositions=table)
+    return compile_fx(graph, inputs, config_patches=OPTIONS, decompositions=_decompositions())
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    return {**long_sums.decompositions(), **special_functions.decompositions()}
+    from torch._inductor.decomposition import select_decomp_table
+
+    return {**select_decomp_table(), **long_sums.decompositions(), **special_functions.decompositions()}
 
 
 def tracing() -> bool:

@@ -35,9 +35,6 @@ from .compiled import compiled, uncompiled
 from .op import Op
 
 BACKENDS = ("eager", "compile", "triton")
-#: By device type; others run the plain form.
-DEFAULTS = {"cuda": "triton", "xpu": "triton", "cpu": "compile"}
-
 #: A compiled call costs about 0.1 ms more than a plain one, forward and backward; below this many elements (measured on
 #: two CPU cores with rms_norm, float32) it does not earn that back.
 SMALLEST_COMPILED = 16_384
@@ -62,7 +59,21 @@ class Choice(NamedTuple):
     reason: str
 
 
-_forced: str | None = None
+#: By device type; others run the plain form.
+DEFAULTS = {
+    device: Choice(backend, f"the default on {device!r}")
+    for device, backend in {"cuda": "triton", "xpu": "triton", "cpu": "compile"}.items()
+}
+_SMALL = Choice("eager", f"under {SMALLEST_COMPILED} elements a compiled call costs more than it saves")
+
+
+def _valid(backend: str | None, where: str) -> str | None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{where} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+_forced = _valid(os.environ.get("BRAZE_BACKEND") or None, "the environment variable BRAZE_BACKEND")
 _counted = False
 
 
@@ -71,8 +82,8 @@ def use_backend(backend: str) -> Iterator[None]:
     """Make every operator run ``backend`` (``"eager"``, ``"compile"`` or ``"triton"``) inside the ``with`` block.
 
     The setting belongs to the process, as the flags of ``torch.backends`` do. It is not consulted inside
-    ``torch.compile``, which always gets the plain reference. The environment variable ``BRAZE_BACKEND`` does the same
-    for a whole program.
+    ``torch.compile``, which always gets the plain reference. The environment variable ``BRAZE_BACKEND``, read when
+    braze is imported, does the same for a whole program.
 
     Raises:
         ValueError: if there is no such backend.
@@ -107,11 +118,10 @@ def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
     assert first is not None
     if first.device.type in op.autocast_to_float32 and torch.is_autocast_enabled(first.device.type):
         tensors = tuple(_to_float32(t) for t in tensors)
-    sharded = sharding.any_sharded(tensors)
     # DTensors bring the compiler the plain reference's operations, but know nothing of an opaque one.
-    if torch.compiler.is_compiling() and not (sharded and op.traced):
+    if torch.compiler.is_compiling() and not (op.traced and sharding.any_sharded(tensors)):
         return (op.traced or op.reference)(*tensors, **options)
-    if sharded:
+    if sharding.any_sharded(tensors):
         signature = op.axes if isinstance(op.axes, str) else op.axes(*tensors, **options)
         return sharding.run(op.name, functools.partial(run, op, **options), signature, tensors)
     backend = choose(op, tensors).backend
@@ -149,28 +159,27 @@ def choose(op: Dispatched, tensors: tuple[Tensor | None, ...]) -> Choice:
 
 def asked() -> str | None:
     """The backend that :func:`use_backend` or the environment asks for."""
-    return _forced or _valid(os.environ.get("BRAZE_BACKEND") or None, "the environment variable BRAZE_BACKEND")
+    return _forced
 
 
 def preferred(op: Dispatched, device: str, dtype: torch.dtype, elements: int) -> Choice:
     """What :func:`choose` answers for ordinary tensors, the largest of which has so many elements."""
-    forced = asked()
-    if forced:
-        missing = unavailable(op, forced, device, dtype)
+    if _forced:
+        missing = unavailable(op, _forced, device, dtype)
         if missing:
-            raise RuntimeError(f"backend {forced!r} was asked for, but {op.name} cannot run it here: {missing}")
-        return Choice(forced, "asked for")
-    backend = DEFAULTS.get(device)
-    if backend is None:
+            raise RuntimeError(f"backend {_forced!r} was asked for, but {op.name} cannot run it here: {missing}")
+        return Choice(_forced, "asked for")
+    default = DEFAULTS.get(device)
+    if default is None:
         return Choice("eager", f"no fused implementation for device {device!r}")
-    if backend == "compile" and elements < SMALLEST_COMPILED:
-        return Choice("eager", f"under {SMALLEST_COMPILED} elements a compiled call costs more than it saves")
-    missing = unavailable(op, backend, device, dtype)
+    if default.backend == "compile" and elements < SMALLEST_COMPILED:
+        return _SMALL
+    missing = unavailable(op, default.backend, device, dtype)
     if missing:
         if dtype != torch.float64:
             _warn_once(f"braze runs plain PyTorch on {device!r}: {missing}")
         return Choice("eager", missing)
-    return Choice(backend, f"the default on {device!r}")
+    return default
 
 
 def unavailable(op: Dispatched, backend: str, device: str, dtype: torch.dtype) -> str | None:
@@ -203,7 +212,7 @@ def implementation(op: Op, backend: str) -> Callable[..., Any]:
 def seen_into(tensors: list[Tensor]) -> str | None:
     """Why somebody has to see the plain operations; None if nobody does."""
     for t in tensors:
-        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+        if type(t) not in sharding.ORDINARY:
             return "a tensor subclass defines its own operations"
         if t.layout != torch.strided or t.is_nested or t.is_neg():
             return "a sparse, nested or lazily negated tensor is more than the memory that a kernel reads"
@@ -213,7 +222,7 @@ def seen_into(tensors: list[Tensor]) -> str | None:
         return "torch.func transforms the plain operations"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation needs the plain operations"
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         return "torch.jit.trace records the plain operations"
     return None
 
@@ -221,12 +230,6 @@ def seen_into(tensors: list[Tensor]) -> str | None:
 def _to_float32(tensor: Tensor | None) -> Tensor | None:
     half = tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16)
     return tensor.float() if half and tensor is not None else tensor
-
-
-def _valid(backend: str | None, where: str) -> str | None:
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"{where} must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    return backend
 
 
 @functools.cache

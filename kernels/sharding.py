@@ -24,6 +24,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DeviceMesh, DTensor, Placement
 
+#: Types that no DTensor has.
+ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None)))
 #: An odd constant; shards' seeds lie far apart.
 _SEED_STEP = 0x9E37_79B9_7F4A_7C15 >> 1 | 1
 
@@ -35,6 +37,8 @@ def is_sharded(tensor: Tensor | None) -> bool:
 
 def any_sharded(tensors: Sequence[Tensor | None]) -> bool:
     """Whether one is a DTensor. The module that defines it is imported by whoever makes one, not by braze."""
+    if all([type(t) in ORDINARY for t in tensors]):  # a list: quicker than a generator
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
 

@@ -83,6 +83,19 @@ def test_a_sample_is_long_enough() -> None:
     assert all(seconds >= timing.SAMPLE_SECONDS for seconds in seen[-4:])
 
 
+def test_samples_have_equally_many_calls_where_that_is_not_too_long() -> None:
+    clock = FakeClock()
+    works = providers(clock, a=9e-4, b=1.1e-3, c=4e-3, d=0.1)
+    counts: dict[timing.Work, int] = {}
+
+    def recording(work: timing.Work, repetitions: int) -> float:
+        counts[work] = repetitions
+        return clock(work, repetitions)
+
+    timing.compare(works, recording, rounds=1)
+    assert [counts[work] for work in works.values()] == [3, 3, 3, 1]
+
+
 def test_an_interruption_does_not_shorten_samples() -> None:
     clock = FakeClock()
     works = providers(clock, a=1e-4, b=1e-4)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -28,7 +31,7 @@ def ours(x: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("BRAZE_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "_forced", None)
 
 
 @pytest.fixture
@@ -43,15 +46,24 @@ def only_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "implementation", implementation)
 
 
-def test_an_unknown_backend_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_backend_is_refused_by_name() -> None:
     with (
         pytest.raises(ValueError, match=r"backend must be one of eager, compile, triton, got 'cuda'"),
         use_backend("cuda"),
     ):
         pass
-    monkeypatch.setenv("BRAZE_BACKEND", "fast")
-    with pytest.raises(ValueError, match=r"BRAZE_BACKEND must be one of eager, compile, triton, got 'fast'"):
-        ours(torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("backend", ["compile", "fast"])
+def test_the_environment_asks_at_import(backend: str) -> None:
+    code = "from braze.kernels import dispatch; print(dispatch.asked())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "BRAZE_BACKEND": backend}, capture_output=True, text=True
+    )
+    if backend in dispatch.BACKENDS:
+        assert done.stdout == f"{backend}\n", done.stderr
+    else:
+        assert "BRAZE_BACKEND must be one of eager, compile, triton, got 'fast'" in done.stderr
 
 
 def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +90,7 @@ def test_use_backend_nests_and_is_restored_after_an_error() -> None:
 
 def test_use_backend_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 8)
-    monkeypatch.setenv("BRAZE_BACKEND", "compile")
+    monkeypatch.setattr(dispatch, "_forced", "compile")
     assert dispatch.choose(RMS_NORM, (x,)).backend == "compile"
     with use_backend("eager"):
         assert dispatch.choose(RMS_NORM, (x,)).backend == "eager"

@@ -236,7 +236,8 @@ def _compiled(*tensors: Tensor | None, **options: Any) -> Any:
 
 
 def _compiled_forward(x: Tensor, *others: Tensor | None, **options: Any) -> Any:
-    return compiled_call(reference, (dense(x), *others), options), (x, *others)
+    found = compiled_call(reference, (dense(x), *others), options)
+    return found, (x, *others[:3], *(found[1:] if options["training"] else others[3:]))
 
 
 def _compiled_piece(piece: Callable[..., Any], *tensors: Tensor | None, **options: Any) -> Any:
@@ -264,8 +265,6 @@ def _closed_form(
     activation: Activation,
 ) -> Gradients:
     """The gradients in closed form, from the sums over each channel of a·n and a."""
-    if training:
-        mean, var = moments(x)
     tensors = (dy, x, weight, bias, residual, mean, var)
     found = sums(*tensors, eps=eps, activation=activation)
     dweight, dbias = parameter_gradients(found, weight, bias, needs[1:3])
