@@ -126,7 +126,7 @@ def compare(providers: Mapping[str, Work], clock: Clock, rounds: int, repetition
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     with _no_garbage_collection():
-        calls = {name: repetitions for name in providers} if repetitions else _repetitions(providers, clock)
+        calls = dict.fromkeys(providers, repetitions) if repetitions else _repetitions(providers, clock)
         for _ in range(rounds):
             for name in order.sample(list(providers), len(providers)):
                 seconds[name].append(clock(providers[name], calls[name]) / calls[name])

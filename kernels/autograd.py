@@ -61,7 +61,7 @@ class _Fused(torch.autograd.Function):
         grads = grads[: len(grads) - ctx.statistics]
         # Lazily negated cotangents and batched ones (is_grads_batched) are more than the memory that a kernel reads.
         arguments = [g.resolve_neg() for g in grads], ctx.saved_tensors, needs
-        if any([torch._C._functorch.is_legacy_batchedtensor(g) for g in grads]):
+        if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
             with torch.enable_grad():
                 gradients = ctx.second(*arguments, **ctx.options)
         elif torch.is_grad_enabled():

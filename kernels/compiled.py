@@ -186,7 +186,7 @@ def _compile_exactly(
         return found if several else (found,)
 
     present: list[Any] = [t for t in tensors if t is not None]
-    graph = make_fx(outputs, tracing_mode="fake", decomposition_table=_decompositions())(*present)
+    graph = make_fx(outputs, tracing_mode="fake", decomposition_table=_decompositions(present))(*present)
     with config.patch(OPTIONS):
         code = compile_fx_inner(graph, present, is_inference=True).current_callable
     return code if several else lambda present: code(present)[0]
@@ -220,13 +220,14 @@ def _compile_flexibly(function: Callable[..., Any], widths: tuple[int | None, ..
 def _backend(graph: Any, inputs: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph, inputs, config_patches=OPTIONS, decompositions=_decompositions())
+    return compile_fx(graph, inputs, config_patches=OPTIONS, decompositions=_decompositions(inputs))
 
 
-def _decompositions() -> dict[Any, Callable[..., Any]]:
+def _decompositions(operands: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
     from torch._inductor.decomposition import select_decomp_table
 
-    return {**select_decomp_table(), **long_sums.decompositions(), **special_functions.decompositions()}
+    half = any(isinstance(t, Tensor) and t.dtype.itemsize == 2 for t in operands)
+    return {**select_decomp_table(), **long_sums.decompositions(half=half), **special_functions.decompositions()}
 
 
 def tracing() -> bool:

@@ -2,11 +2,12 @@
 
 It adds a row up in eight or sixteen lanes, each from one end to the other: in float32, 16,384 equal numbers came out
 2e-6 too large, where ATen, which adds in a tree, is right to the last bit. Reductions of this module's table are taken
-apart before the compiler sees them, into sums of blocks, or in more lanes, and the sum of these.
+apart before the compiler sees them, into sums of blocks and the sum of these.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,30 +18,36 @@ from torch import Tensor
 #: Rows up to here are added up in one go: a sum of its own costs an allocation, a fifth of RMSNorm's time at 2,048
 #: elements in the cache, a twentieth at 4,096 from memory.
 LONGEST = 2_048
+#: The same where operands are in half precision, of which there are twice as many lanes: the compiler runs one sum on a
+#: row while it is in the cache, as it does not run sums of blocks. The gradient of softmax, bfloat16 [4096, 4096], took
+#: 1.9 ms for 3.3 (two cores of an EPYC).
+LONGEST_OF_HALF = 4_096
 #: The same where all that there is gives one number: that is one allocation.
 LONGEST_OF_ALL = 256
-#: Rows up to here are added up in 32 or 64 lanes, as many numbers to a lane as there are at LONGEST. The compiler runs
-#: that on a row while the row is in the cache, as it does not run sums of blocks: the gradient of softmax, bfloat16
-#: [4096, 4096], took 1.9 ms for 3.3 in blocks, [4096, 8192] 5.6 for 8.5 (two cores of an EPYC). Blocks of lanes are no
-#: faster than other blocks.
-LONGEST_IN_LANES = 8_192
 BLOCK = 1_024
+#: Sums of fewer blocks are written out in the loop that uses them, which the compiler then does not run on a row while
+#: the row is in the cache: LayerNorm's gradient of float32 [4096, 4096] took 51 ms in two blocks, 44 in eight.
+FEWEST_BLOCKS = 8
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """What the operators' reductions are taken apart by."""
+def decompositions(*, half: bool) -> dict[Any, Callable[..., Any]]:
+    """What the operators' reductions are taken apart by; ``half``: some of their operands are in half precision."""
     aten = torch.ops.aten
+    rows = LONGEST_OF_HALF if half else LONGEST
+    sum, mean = functools.partial(_sum, rows), functools.partial(_mean, rows)
     return {
-        aten.sum.default: lambda x, *, dtype=None: _sum(x, None, dtype=dtype),
-        aten.sum.dim_IntList: _sum,
-        aten.mean.default: lambda x, *, dtype=None: _mean(x, None, dtype=dtype),
-        aten.mean.dim: _mean,
+        aten.sum.default: lambda x, *, dtype=None: sum(x, None, dtype=dtype),
+        aten.sum.dim_IntList: sum,
+        aten.mean.default: lambda x, *, dtype=None: mean(x, None, dtype=dtype),
+        aten.mean.dim: mean,
     }
 
 
-def _sum(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+def _sum(
+    rows: int, x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
     over = {dim % x.dim() for dim in dims or range(x.dim())} if x.dim() else set()
-    longest = LONGEST_OF_ALL if len(over) == x.dim() else LONGEST
+    longest = LONGEST_OF_ALL if len(over) == x.dim() else rows
     if x.dim() - 1 not in over or not x.is_floating_point() or math.prod(x.shape[dim] for dim in over) <= longest:
         return NotImplemented
     values = x if dtype is None else x.to(dtype)
@@ -54,15 +61,14 @@ def _sum(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype:
 def _row_sums(x: Tensor) -> Tensor:
     """[…, D] → […, 1]."""
     D = x.shape[-1]
-    if D > LONGEST_IN_LANES:
-        width, inner = BLOCK, -1
-    else:
-        width, inner = 32 if D <= LONGEST_IN_LANES // 2 else 64, -2
-    rest = D % width
-    total = x[..., : D - rest].unflatten(-1, (-1, width)).sum(inner).sum(-1, keepdim=True)
+    block = BLOCK if D > FEWEST_BLOCKS * BLOCK else D // FEWEST_BLOCKS
+    rest = D % block
+    total = x[..., : D - rest].unflatten(-1, (-1, block)).sum(-1).sum(-1, keepdim=True)
     return total + x[..., D - rest :].sum(-1, keepdim=True) if rest else total
 
 
-def _mean(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
-    total = _sum(x, dims, keepdim, dtype=dtype)
+def _mean(
+    rows: int, x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    total = _sum(rows, x, dims, keepdim, dtype=dtype)
     return total if total is NotImplemented else total / (x.numel() // max(total.numel(), 1))

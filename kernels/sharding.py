@@ -37,7 +37,7 @@ def is_sharded(tensor: Tensor | None) -> bool:
 
 def any_sharded(tensors: Sequence[Tensor | None]) -> bool:
     """Whether one is a DTensor. The module that defines it is imported by whoever makes one, not by braze."""
-    if all([type(t) in ORDINARY for t in tensors]):  # a list: quicker than a generator
+    if all(type(t) in ORDINARY for t in tensors):
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(t, module.DTensor) for t in tensors)

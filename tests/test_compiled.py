@@ -108,13 +108,14 @@ def test_sizes_on_all_sides_of_many_boundaries_run() -> None:
 
 
 @pytest.mark.parametrize("most_shapes", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [16_384, 16_385])
 def test_a_long_row_of_equal_numbers_is_added_up_in_blocks(
-    width: int, most_shapes: int, monkeypatch: pytest.MonkeyPatch
+    width: int, dtype: torch.dtype, most_shapes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled, "MOST_SHAPES", most_shapes)
-    x = torch.full((2, width), 0.7373)
-    total, mean = compiled.compiled_call(lambda x: (x.sum(-1), x.mean()), (x,), {})
+    x = torch.full((2, width), 0.7373, dtype=dtype)
+    total, mean = compiled.compiled_call(lambda x: (x.float().sum(-1), x.float().mean()), (x,), {})
     wide = x.double()
     errors = [(total.double() / wide.sum(-1) - 1.0).abs().max(), (mean.double() / wide.mean() - 1.0).abs()]
     assert max(errors) <= 8 * torch.finfo(torch.float32).eps  # in one go: 31 and 42

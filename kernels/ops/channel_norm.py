@@ -61,9 +61,11 @@ def checked_activation(name: str, activation: str | None, negative_slope: float)
     return activation or "none", float(negative_slope) if activation == "leaky_relu" else 0.0
 
 
-def activated(z: Tensor, activation: Activation) -> Tensor:
-    """``act(z)``."""
+def activated(z: Tensor, activation: Activation, *, inplace: bool = False) -> Tensor:
+    """``act(z)``; ``inplace``: in the memory of z if there is such a form of it."""
     name, slope = activation
+    if inplace and name in ("relu", "silu"):
+        return torch.relu_(z) if name == "relu" else F.silu(z, inplace=True)
     return ACTIVATIONS[name](z, slope)
 
 
