@@ -161,7 +161,7 @@ def _triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: An
 
 def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Tensor:
     if x.numel() <= x.shape[0] * options["num_groups"]:
-        # ATen's operator refuses images without pixels; and x·scale + shift, as it computes the only element of a group,
+        # ATen's operator refuses images without pixels; and x·scale + shift, its form for the only element of a group,
         # which should be the bias, is off by a rounding of x/√ε.
         return reference(x, weight, bias, **options)
     return fused(_compiled_forward, _compiled_backward, vjp(reference), (x, weight, bias), options)
