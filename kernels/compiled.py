@@ -113,11 +113,11 @@ def _compile(
     detached = [None if t is None else t.detach() for t in tensors]
     kind = (constants, *map(_described, tensors))
     if _few(_shapes, kind, exact, MOST_SHAPES):
-        call = _exact_calls[exact] = _compile_exactly(function, detached, options)
-        return call
+        code = _exact_calls[exact] = _compile_exactly(function, detached, options)
+        return code
     flexible = functools.partial(_flexible(function, kind, detached), *detached, **options)
 
-    def call(_: Any) -> Any:
+    def call(_: list[Tensor]) -> Any:
         if hash(exact) in _ran:
             return flexible()
         # It may have to compile, for another side of a boundary that the sizes are compared with, of which there may
@@ -185,10 +185,11 @@ def _compile_exactly(
         several = isinstance(found, tuple | list)
         return found if several else (found,)
 
-    present: list[Any] = [t for t in tensors if t is not None]
+    present = _present(tensors)
     graph = make_fx(outputs, tracing_mode="fake", decomposition_table=_decompositions(present))(*present)
     with config.patch(OPTIONS):
-        code = compile_fx_inner(graph, present, is_inference=True).current_callable
+        built: Any = compile_fx_inner(graph, present, is_inference=True)
+    code = built.current_callable
     return code if several else lambda present: code(present)[0]
 
 

@@ -90,6 +90,19 @@ def test_a_group_of_each_channel_count_is_another_norm(backend: str, device: str
         torch.testing.assert_close(group_norm(x, 12), F.instance_norm(x))
 
 
+@pytest.mark.parametrize("backend", ["compile", *BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_pixels_have_nothing_to_scale(backend: str, dtype: torch.dtype, device: str) -> None:
+    """Of eight, whose mean is exact: the gradient of the weight is 0, to the bit."""
+    x = torch.full((2, 6, 8), 0.7373, dtype=dtype, device=device).requires_grad_()
+    weight, bias = parameters(6, device)
+    with use_backend(backend):
+        y = group_norm(x, 3, weight, bias)
+    dweight, dbias = torch.autograd.grad(y, (weight, bias), torch.randn_like(y))
+    assert not dweight.any()
+    assert dbias.all()
+
+
 @each_backend
 def test_norms_ignore_a_scale_of_their_input(backend: str, device: str) -> None:
     """By a power of two, with no eps: to the bit."""
