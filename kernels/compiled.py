@@ -252,6 +252,11 @@ def exp(x: Tensor) -> Tensor:
 LONG_ROW = 1024
 
 
+#: Sums of up to so many blocks are added up one after the other, more in blocks again: the gradient of the weight of
+#: gated_rms_norm, float32 [65536, 128], was 1.4 times over its error budget as a sum of 2,048.
+MOST_BLOCKS = 64
+
+
 def column_sum(parameter: Tensor, *factors: Tensor) -> Tensor:
     """Σ of the product over the rows that share a row of the parameter: the gradient of the parameter.
 
@@ -274,5 +279,5 @@ def _row_sum(factors: Sequence[Tensor], rows: int, wide: torch.dtype) -> Tensor:
     # Cut up before they are multiplied: the compiler would write a product that is read twice to memory.
     blocks = functools.reduce(torch.mul, [f.unfold(1, rows, rows) for f in factors]).sum(-1, dtype=wide)
     rest = functools.reduce(torch.mul, [f[:, T // rows * rows :] for f in factors])
-    total = blocks.sum(1) if rows >= 16 else _row_sum((blocks,), 16, wide)
+    total = blocks.sum(1) if blocks.shape[1] <= MOST_BLOCKS else _row_sum((blocks,), 16, wide)
     return total + rest.sum(1, dtype=wide)
