@@ -121,6 +121,15 @@ def test_a_long_row_of_equal_numbers_is_added_up_in_blocks(
     assert max(errors) <= 8 * torch.finfo(torch.float32).eps  # in one go: 31 and 42
 
 
+@pytest.mark.parametrize("most_shapes", [0, 1])
+def test_many_rows_of_equal_numbers_are_added_up_in_blocks(most_shapes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "MOST_SHAPES", most_shapes)
+    x = torch.full((65_539, 16), 0.7373)
+    total = compiled.compiled_call(lambda x: compiled.column_sum(x[0], x), (x,), {})
+    error = (total.double() / x.double().sum(0) - 1.0).abs().max()
+    assert error <= 8 * torch.finfo(torch.float32).eps  # as a sum of 2,048 blocks: 47
+
+
 @pytest.mark.parametrize("exact", [False, True], ids=["any shape", "one shape"])
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "tanh"])
 def test_special_functions_are_right_everywhere(name: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
