@@ -93,7 +93,7 @@ def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None]
     exact = (constants, *[None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors])
     call = _exact_calls.get(exact)
     if call is None:
-        call = _compile(function, tensors, options, constants, exact)
+        call = _compile(function, tensors, options, exact)
     return call(_present(tensors))
 
 
@@ -105,13 +105,12 @@ def _compile(
     function: Callable[..., Any],
     tensors: Sequence[Tensor | None],
     options: Mapping[str, Any],
-    constants: tuple[Any, ...],
     exact: tuple[Any, ...],
 ) -> Callable[..., Any]:
     """What takes a list of the tensors that are present: code for these shapes alone, or for any."""
     # Detached: Dynamo looks at .grad, which warns where a tensor is not a leaf.
     detached = [None if t is None else t.detach() for t in tensors]
-    kind = (constants, *map(_described, tensors))
+    kind = (exact[0], *map(_described, tensors))
     if _few(_shapes, kind, exact, MOST_SHAPES):
         code = _exact_calls[exact] = _compile_exactly(function, detached, options)
         return code
@@ -250,8 +249,6 @@ def exp(x: Tensor) -> Tensor:
 #: for 11.5, [2048, 1024] 0.9 for 1.8, float32 [4096, 1152] 2.8 for 3.6; of [65536, 128], in eights, 11.0 for 6.0 (Σ g·n
 #: and Σ g, one thread on two cores of an AMD EPYC, process time).
 LONG_ROW = 1024
-
-
 #: Sums of up to so many blocks are added up one after the other, more in blocks again: the gradient of the weight of
 #: gated_rms_norm, float32 [65536, 128], was 1.4 times over its error budget as a sum of 2,048.
 MOST_BLOCKS = 64
