@@ -237,44 +237,17 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
+def known_shapes() -> bool:
+    """Whether a function runs to be compiled for the shapes that it sees, and for no others."""
+    if torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # here: it imports Triton
+
+    return get_proxy_mode() is not None
+
+
 def exp(x: Tensor) -> Tensor:
     """The exponential by way of exp2, which takes less time on the CPU; and where it is read twice the compiler leaves
     it in registers, and writes what exp gives to memory.
     """
     return torch.exp2(x * math.log2(math.e))
-
-
-#: Rows of this many elements or more are added up eight at a time, shorter ones 32 at a time. A block is read column by
-#: column, and lines of more than eight long rows drive each other out of the cache: bfloat16 [4096, 4096] took 6.0 ms
-#: for 11.5, [2048, 1024] 0.9 for 1.8, float32 [4096, 1152] 2.8 for 3.6; of [65536, 128], in eights, 11.0 for 6.0 (Σ g·n
-#: and Σ g, one thread on two cores of an AMD EPYC, process time).
-LONG_ROW = 1024
-#: Sums of up to so many blocks are added up one after the other, more in blocks again: the gradient of the weight of
-#: gated_rms_norm, float32 [65536, 128], was 1.4 times over its error budget as a sum of 2,048.
-MOST_BLOCKS = 64
-
-
-def column_sum(parameter: Tensor, *factors: Tensor) -> Tensor:
-    """Σ of the product over the rows that share a row of the parameter: the gradient of the parameter.
-
-    It is summed up in blocks of rows, which stay in the cache, and then over the blocks; in float32 or wider.
-    """
-    wide = torch.promote_types(factors[0].dtype, torch.float32)
-    D = parameter.shape[-1]
-    groups = math.prod(parameter.shape[:-1])
-    T = math.prod(factors[0].shape[:-1]) // max(groups, 1)
-    factors = tuple(f.reshape(groups, T, D) for f in factors)
-    total = _row_sum(factors, 8 if D >= LONG_ROW else 32, wide)
-    return total.view(parameter.shape).to(parameter.dtype)
-
-
-def _row_sum(factors: Sequence[Tensor], rows: int, wide: torch.dtype) -> Tensor:
-    """[groups, T, D] each → [groups, D], the sum of their product over T."""
-    T = factors[0].shape[1]
-    if rows > T:
-        return functools.reduce(torch.mul, factors).sum(1, dtype=wide)
-    # Cut up before they are multiplied: the compiler would write a product that is read twice to memory.
-    blocks = functools.reduce(torch.mul, [f.unfold(1, rows, rows) for f in factors]).sum(-1, dtype=wide)
-    rest = functools.reduce(torch.mul, [f[:, T // rows * rows :] for f in factors])
-    total = blocks.sum(1) if blocks.shape[1] <= MOST_BLOCKS else _row_sum((blocks,), 16, wide)
-    return total + rest.sum(1, dtype=wide)

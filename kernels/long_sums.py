@@ -25,6 +25,10 @@ LONGEST_OF_HALF = 4_096
 #: The same where all that there is gives one number: that is one allocation.
 LONGEST_OF_ALL = 256
 BLOCK = 1_024
+#: A row up to so many times as long is cut into equal pieces, which are added up element by element first: the compiler
+#: writes so few terms out in the loop that adds the rest up, and runs that on a row while the row is in the cache. The
+#: gradient of softmax, float32 [4096, 4096], took 11.8 ms for 16.6 in blocks (two cores of an EPYC with AVX2).
+MOST_PIECES = 4
 #: Sums of fewer blocks are written out in the loop that uses them, which the compiler then does not run on a row while
 #: the row is in the cache: LayerNorm's gradient of float32 [4096, 4096] took 51 ms in two blocks, 44 in eight.
 FEWEST_BLOCKS = 8
@@ -51,16 +55,20 @@ def _sum(
     if x.dim() - 1 not in over or not x.is_floating_point() or math.prod(x.shape[dim] for dim in over) <= longest:
         return NotImplemented
     values = x if dtype is None else x.to(dtype)
-    total = _row_sums(values) if x.shape[-1] > longest else values.sum(-1, keepdim=True)
+    total = _row_sums(values, longest) if x.shape[-1] > longest else values.sum(-1, keepdim=True)
     others = sorted(over - {x.dim() - 1})
     if others:
         total = total.sum(others, keepdim=True)
     return total if keepdim else total.squeeze(tuple(over))
 
 
-def _row_sums(x: Tensor) -> Tensor:
+def _row_sums(x: Tensor, longest: int) -> Tensor:
     """[…, D] → […, 1]."""
     D = x.shape[-1]
+    if isinstance(D, int):  # of a width that may change, whether it can be divided would be asked again and again
+        for pieces in range(2, MOST_PIECES + 1):
+            if D % pieces == 0 and D // pieces <= longest:
+                return x.unflatten(-1, (pieces, -1)).sum(-2).sum(-1, keepdim=True)
     block = BLOCK if D > FEWEST_BLOCKS * BLOCK else D // FEWEST_BLOCKS
     rest = D % block
     total = x[..., : D - rest].unflatten(-1, (-1, block)).sum(-1).sum(-1, keepdim=True)

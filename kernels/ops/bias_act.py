@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import Gradients, fused, vjp
-from ..compiled import column_sum, compiled_call
+from ..by_rows import column_sum
+from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks
 from .activations import ACTIVATIONS, check_activation

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import Gradients, fused
-from ..compiled import column_sum, compiled_call
+from ..by_rows import column_sum
+from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks
 from .dropout import constants, kept, new_seed

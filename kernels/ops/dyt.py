@@ -8,6 +8,7 @@ Source: Zhu, Chen, He, LeCun and Liu, Transformers without Normalization (2025).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import Gradients, fused, vjp
-from ..compiled import column_sum, compiled_call
+from ..by_rows import Factors, by_rows
+from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks
 
@@ -118,13 +120,21 @@ def _gradients(
 ) -> Gradients:
     """The gradients in closed form; autograd through the reference would add up along whole columns, one by one."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    g, h, a = dy.to(wide), x.to(wide), alpha.to(wide)
-    t = torch.tanh(a * h)
-    s = g * weight.to(wide) * (1.0 - t * t)
-    dalpha = column_sum(s.new_empty(s.shape[-1]), s, h).sum().to(alpha.dtype).view(alpha.shape) if needs[1] else None
-    dweight = column_sum(weight, g, t) if needs[2] else None
-    dbias = column_sum(bias, g) if bias is not None and needs[3] else None
-    return (a * s).to(x.dtype), dalpha, dweight, dbias
+    alphas = alpha.to(wide).view(1).expand(x.shape[-1])  # one for each column, whose gradients are added up last
+    body = partial(_gradients_of_rows, needs=needs)
+    (dx,), (dalphas, dweight, dbias) = by_rows(body, (dy, x), (alphas, weight, bias), costly=True)
+    return dx, None if dalphas is None else dalphas.sum().to(alpha.dtype).view(alpha.shape), dweight, dbias
+
+
+def _gradients_of_rows(
+    dy: Tensor, x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, *, needs: tuple[bool, bool, bool, bool]
+) -> tuple[tuple[Tensor], tuple[Factors | None, ...]]:
+    """The gradient of x, and the factors of those of alpha, weight and bias."""
+    g, h = dy.to(alpha.dtype), x.to(alpha.dtype)
+    t = torch.tanh(alpha * h)
+    s = g * weight.to(alpha.dtype) * (1.0 - t * t)
+    factors = (s, h), (g, t), (g,)
+    return ((alpha * s).to(x.dtype),), tuple(f if need else None for f, need in zip(factors, needs[1:], strict=True))
 
 
 def _aten(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

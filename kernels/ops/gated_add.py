@@ -8,6 +8,7 @@ Source: Peebles and Xie, Scalable Diffusion Models with Transformers (2023), ada
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import Gradients, fused
-from ..compiled import column_sum, compiled_call
+from ..by_rows import Factors, by_rows
+from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks, row_norm
 
@@ -76,9 +78,16 @@ def _second(grads: Any, saved: Any, needs: Any) -> Gradients:
 
 def _gradients(dh: Tensor, x: Tensor, gate: Tensor, *, needs: tuple[bool, bool, bool]) -> Gradients:
     """The gradients of x and the gate; the residual's is ``dh``."""
+    (dx,), (dgate,) = by_rows(partial(_gradients_of_rows, needs=needs), (dh, x), (gate,))
+    return dx, dgate
+
+
+def _gradients_of_rows(
+    dh: Tensor, x: Tensor, gate: Tensor, *, needs: tuple[bool, bool, bool]
+) -> tuple[tuple[Tensor | None], tuple[Factors | None]]:
     g = dh.to(torch.promote_types(dh.dtype, torch.float32))
     dx = (g * gate.to(g.dtype)).to(x.dtype) if needs[1] else None
-    return dx, column_sum(gate, g, x.to(g.dtype)) if needs[2] else None
+    return (dx,), ((g, x.to(g.dtype)) if needs[2] else None,)
 
 
 def _aten(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ Gated Delta Networks (2025).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import Gradients, fused, vjp
-from ..compiled import column_sum, compiled_call
+from ..by_rows import Factors, by_rows
+from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks, row_norm
 
@@ -195,25 +197,32 @@ def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gr
     return compiled_call(_gradients, (*grads, *saved), {"needs": needs, **options})
 
 
-def _gradients(
+def _gradients(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, rstd: Tensor, **options: Any) -> Gradients:
+    body = functools.partial(_gradients_of_rows, **options)
+    results, parameters = by_rows(body, (dy, x, gate, rstd.flatten(-2)), (weight,))
+    return *results, *parameters
+
+
+def _gradients_of_rows(
     dy: Tensor,
     x: Tensor,
     gate: Tensor,
-    weight: Tensor | None,
     rstd: Tensor,
+    weight: Tensor | None,
     *,
     needs: tuple[bool, bool, bool],
     activation: str,
     norm_before_gate: bool,
     groups: int,
     **_: Any,
-) -> Gradients:
-    """The gradients of x, gate and weight in closed form, the weight's in blocks (``compiled.column_sum``)."""
+) -> tuple[tuple[Tensor, Tensor], tuple[Factors | None]]:
+    """The gradients of x and gate in closed form, and the factors of the weight's."""
     value, z, g = (t.to(rstd.dtype) for t in (x, gate, dy))
+    rstd = rstd.unsqueeze(-1)
     a, slope = _activated(z, activation)
     n = (_grouped(value if norm_before_gate else value * a, groups) * rstd).flatten(-2)
     factors = (g, n, a) if norm_before_gate else (g, n)
-    dweight = column_sum(weight, *factors) if weight is not None and needs[2] else None
+    dweight = factors if weight is not None and needs[2] else None
     if weight is not None:
         g = g * weight.to(g.dtype)
     pulled = g * n
@@ -224,7 +233,7 @@ def _gradients(
     if not norm_before_gate:
         pulled = du * value
         du = du * a
-    return du.to(x.dtype), (pulled * slope).to(gate.dtype), dweight
+    return (du.to(x.dtype), (pulled * slope).to(gate.dtype)), (dweight,)
 
 
 def _activated(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ Depth (2016); ``LayerScale`` and ``DropPath`` in timm.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import Gradients, fused
-from ..compiled import column_sum, compiled_call
+from ..by_rows import Factors, by_rows
+from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks
 from .dropout import constants, kept, new_seed
@@ -198,8 +200,15 @@ def _gradients(
     dresidual = None if residual is None else dy.to(residual.dtype)
     if scale is None:
         return g.to(x.dtype), dresidual, None, None
-    dscale = column_sum(scale, g, _dropped(x.to(g.dtype), seed, threshold, 1.0)) if needs[2] else None
-    return (g * scale.to(g.dtype)).to(x.dtype), dresidual, dscale, None
+    rows = g, _dropped(x.to(g.dtype), seed, threshold, 1.0)
+    (dx,), (dscale,) = by_rows(partial(_gradients_of_rows, dtype=x.dtype, needs_scale=needs[2]), rows, (scale,))
+    return dx, dresidual, dscale, None
+
+
+def _gradients_of_rows(
+    g: Tensor, x: Tensor, scale: Tensor, *, dtype: torch.dtype, needs_scale: bool
+) -> tuple[tuple[Tensor], tuple[Factors | None]]:
+    return ((g * scale.to(g.dtype)).to(dtype),), ((g, x) if needs_scale else None,)
 
 
 def _aten(
