@@ -11,7 +11,8 @@ under a tracer, a dispatch mode,
 a tensor subclass, or one that is not
 plain memory (sparse, nested, negated)    the plain reference, which they can see into
 CUDA, ROCm, XPU tensor                    Triton
-CPU tensor                                the compiled form; the plain reference under ``SMALLEST_COMPILED``
+CPU tensor                                the compiled form; under ``SMALLEST_COMPILED`` ``Op.small``, if there is
+                                          one, or the plain reference
 anything else, or a missing part          the plain reference; one warning says what is missing
 ``use_backend(...)``, ``BRAZE_BACKEND``   what was asked for, or an error
 ========================================  ==========================================================================
@@ -124,9 +125,9 @@ def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
     if sharding.any_sharded(tensors):
         signature = op.axes if isinstance(op.axes, str) else op.axes(*tensors, **options)
         return sharding.run(op.name, functools.partial(run, op, **options), signature, tensors)
-    backend = choose(op, tensors).backend
-    function = implementation(op, backend)
-    index = first.device.index if backend == "triton" else None
+    choice = choose(op, tensors)
+    function = op.small if choice is _SMALL and op.small else implementation(op, choice.backend)
+    index = first.device.index if choice.backend == "triton" else None
     if index is not None and index != torch.accelerator.current_device_index():
         with torch.accelerator.device_index(index):  # Triton launches on the current device
             return function(*tensors, **options)

@@ -169,6 +169,9 @@ class Op:
     audit: Sequence[Dims] = ()
     #: By variant and pass ("forward", "backward"): where more than 1.02 times the least bytes move.
     excess: Mapping[tuple[str, str], Excess] = field(default_factory=dict)
+    #: What runs in place of ``reference``, called as it is, where a CPU tensor is too small for compiled code: fewer of
+    #: ATen's operators, as accurate.
+    small: Callable[..., Any] | None = None
     #: What ``torch.compile`` traces in place of ``reference``: for what its compiler would not find by itself.
     traced: Callable[..., Any] | None = None
     #: Named option sets for ``inputs``: one for each branch of the kernels worth its own test.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -98,6 +100,20 @@ def test_one_float64_operand_keeps_the_kernels_away(monkeypatch: pytest.MonkeyPa
     x, weight = torch.randn(2, 8), torch.ones(8, dtype=torch.float64)
     with use_backend("triton"), pytest.raises(RuntimeError, match="compute in float32"):
         rms_norm(x, weight)
+
+
+@pytest.mark.parametrize(("shape", "asked", "expected"), [((8, 8), None, 1), (BIG, None, 0), ((8, 8), "eager", 0)])
+def test_small_tensors_get_the_form_for_them(shape: tuple[int, int], asked: str | None, expected: int) -> None:
+    calls = []
+
+    def small(x: Tensor, weight: None, **options: float) -> Tensor:
+        calls.append(x)
+        return RMS_NORM.reference(x, weight, **options)
+
+    op = dataclasses.replace(RMS_NORM, small=small)
+    with use_backend(asked) if asked else nullcontext():
+        dispatch.run(op, torch.randn(shape), None, eps=1e-6, weight_offset=0.0)
+    assert len(calls) == expected
 
 
 def test_tensors_on_several_devices_are_refused_by_name() -> None:

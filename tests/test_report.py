@@ -229,6 +229,15 @@ def test_results_of_two_machines_are_kept_apart() -> None:
     assert not any("not measured yet" in what for _, what in contents.machines)
 
 
+def test_processors_with_other_instructions_are_other_machines() -> None:
+    wider = {**ENVIRONMENT, "instructions": "AVX512"}
+    contents = gather(files([record(2.0, 1.5, 2.5)]) + files([record(0.5, 0.4, 0.6)], wider))
+    assert [one.machine for one in contents.standings] == [
+        "CPU: a processor, 1 thread, torch 2.11",
+        "CPU: a processor with AVX512, 1 thread, torch 2.11",
+    ]
+
+
 def test_a_prediction_is_no_measurement() -> None:
     predicted = {"op": "glu", "provider": "triton", "measure": "prediction", "device": "a GPU, assumed"}
     contents = gather(files([record(2.0, 1.5, 2.5), {"benchmark": "kernels", "predicted_us": 9.0, **predicted}]))

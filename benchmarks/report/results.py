@@ -84,6 +84,8 @@ def machine(record: Record, environment: dict[str, Any]) -> str:
         return f"{environment.get('gpu') or device}, {torch}"
     threads = record.get("threads") or environment.get("threads") or "?"
     processor = environment.get("processor") or "unknown processor"
+    if environment.get("instructions"):
+        processor += f" with {environment['instructions']}"
     return f"CPU: {processor}, {threads} thread{'' if threads == 1 else 's'}, {torch}"
 
 

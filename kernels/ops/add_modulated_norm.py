@@ -152,6 +152,7 @@ def _op(name: str, fn: Callable[..., tuple[Tensor, Tensor]], *, center: bool, **
         fn=fn,
         reference=reference,
         impls={"triton": partial(_run, row_norm.triton), "compile": partial(_run, row_norm.compiled)},
+        small=partial(_run, row_norm.small),
         inputs=_inputs,
         dims=modulated_norm.DIMS,
         bench=modulated_norm.BENCH,

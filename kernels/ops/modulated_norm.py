@@ -275,6 +275,7 @@ def _op(name: str, fn: Callable[..., Tensor], *, center: bool, **fields: Any) ->
         fn=fn,
         reference=reference,
         impls={"triton": partial(_alone, row_norm.triton), "compile": partial(_alone, row_norm.compiled)},
+        small=partial(_alone, row_norm.small),
         inputs=_inputs,
         dims=DIMS,
         bench=BENCH,

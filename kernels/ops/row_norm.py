@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import Gradients, fused, vjp
@@ -111,7 +112,8 @@ def _compiled_forward(x: Tensor, residual: Tensor | None, *others: Tensor | None
     squares = None
     if _atens(x, residual, *others, **options):
         h = x if residual is None else x + residual
-        y, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], weight, bias, options["eps"])
+        w, b = (None if p is None else p.float() for p in (weight, bias))  # and so it returns statistics in float32
+        y, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], w, b, options["eps"])
     elif options["center"] or x.dtype.itemsize < 4 or x.nbytes <= SMALL:
         y, h, mean, rstd = compiled_call(_keeping_rstd, (x, residual, *others), options)
     else:
@@ -121,19 +123,32 @@ def _compiled_forward(x: Tensor, residual: Tensor | None, *others: Tensor | None
     return (y if residual is None else (y, h)), saved
 
 
-def _atens(x: Tensor, residual: Tensor | None, *others: Tensor | None, center: bool, **_: Any) -> bool:
-    """Whether ATen's LayerNorm runs forward: in float32 it reads a row once for both its moments.
+def _atens(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    *,
+    center: bool,
+    **_: Any,
+) -> bool:
+    """Whether ATen's LayerNorm runs forward: it reads a row once for both its moments.
 
-    On one core of an EPYC [4096, 4096] took 30 ms, compiled code 33. In bfloat16, [2048, 1024], it took 0.66 ms,
-    compiled code 0.34. Its backward pass took 0.96 ms for compiled code's 1.32, float32 [2048, 1024], but adds the
-    gradients of the parameters up one row after the other: with some hundred rows that is over the error budget.
+    In float32, on one core of an EPYC, [4096, 4096] took 30 ms, compiled code 33. In bfloat16, [2048, 1024], it took
+    0.66 ms with AVX-512, compiled code 0.34; with AVX2, on two cores, 1.31 for 1.62. Its backward pass took 0.96 ms for
+    compiled code's 1.32, float32 [2048, 1024], but adds the gradients of the parameters up one row after the other:
+    with some hundred rows that is over the error budget.
     """
-    weight, bias, gate, seed = others
-    if not center or gate is not None or seed is not None:
+    if not center or gate is not None or seed is not None or (residual is not None and residual.dtype != x.dtype):
         return False
-    operands = [t for t in (x, residual, weight, bias) if t is not None]
     # One row of parameters for all rows, as ATen takes them.
-    return all(t.dtype == torch.float32 for t in operands) and all(t is None or t.dim() == 1 for t in (weight, bias))
+    if any(p is not None and p.dim() != 1 for p in (weight, bias)):
+        return False
+    if x.dtype == torch.float32:
+        return all(p is None or p.dtype == torch.float32 for p in (weight, bias))
+    return x.dtype.itemsize == 2 and weight is not None and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def _keeping_rstd(x: Tensor, *others: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -249,6 +264,35 @@ def _second(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
     dgate = (dh * x).sum_to_size(gate.shape).to(gate.dtype) if gate is not None and needs[4] else None
     dx = _branch(dh, gate, _mask(seed, dh, threshold), scale).to(grads[0].dtype)
     return dx, dh, dweight, dbias, dgate, None
+
+
+def small(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    *,
+    eps: float,
+    weight_offset: float,
+    center: bool,
+    **options: Any,
+) -> Any:
+    """The plain forms by ATen's norms, which keep the host busy for a third of the time, in float32 as accurate."""
+    operands = [t for t in (x, residual, weight, bias, gate) if t is not None]
+    if seed is not None or x.shape[-1] == 1 or any(t.dtype != torch.float32 for t in operands):
+        options |= {"eps": eps, "weight_offset": weight_offset, "center": center}
+        y, h, *_ = _forward(x, residual, weight, bias, gate, seed, **options)
+    else:
+        h = x if residual is None else (x if gate is None else x * gate) + residual
+        # Without parameters: the gradient of LayerNorm's weight, as it finds it, is not 0 for rows of equal numbers.
+        y = F.layer_norm(h, h.shape[-1:], eps=eps) if center else F.rms_norm(h, h.shape[-1:], eps=eps)
+        if weight is not None:
+            y = y * (weight + weight_offset if weight_offset else weight)
+        if bias is not None:
+            y = y + bias
+    return y if residual is None else (y, h)
 
 
 def check_affine(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> None:
