@@ -75,13 +75,15 @@ def by_rows(
 def _together(rows: Tensors, parameters: Tensors, large: int) -> bool:
     operands = [t for t in rows if t is not None]
     D = max(t.shape[-1] for t in operands)
+    count = math.prod(operands[0].shape[:-1])
     shared = [p for p in parameters if p is not None]
     return (
         known_shapes()
         and len(shared) > 0
         and all(p.numel() == D for p in shared)
-        and math.prod(operands[0].shape[:-1]) % TOGETHER == 0
         and D >= SHORTEST
+        and count > 0
+        and count % TOGETHER == 0
         and sum(t.shape[-1] == D for t in operands) <= MOST_OPERANDS
         and sum(t.nbytes for t in operands) >= large
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from braze.kernels import OPS, by_rows, compiled, layer_norm, rms_norm, use_backend
+from braze.kernels import OPS, by_rows, compiled, dyt, layer_norm, rms_norm, use_backend
 from braze.kernels.op import Op
 
 from .contract import Case, check_against_reference
@@ -83,6 +83,14 @@ def test_long_rows_of_large_operands_are_written_out(
     assert by_rows._together((x, x, x[:, :1]), (weight,), by_rows.LARGE) is expected
     assert not by_rows._together((x, x, x, x), (weight,), by_rows.LARGE)
     assert not by_rows._together((x, x), (None,), by_rows.LARGE)
+
+
+def test_no_rows(together: list[int]) -> None:
+    x, alpha, weight = (torch.randn(shape, requires_grad=True) for shape in ((0, 33), (1,), (33,)))
+    with use_backend("compile"):
+        found = torch.autograd.grad(dyt(x, alpha, weight).sum(), [x, alpha, weight])
+    assert [g.shape for g in found] == [x.shape, alpha.shape, weight.shape]
+    assert not any(g.any() for g in found)
 
 
 def test_an_input_that_needs_no_gradient_gets_none(together: list[int]) -> None:

@@ -11,8 +11,8 @@ Gated Delta Networks (2025).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -198,7 +198,7 @@ def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gr
 
 
 def _gradients(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, rstd: Tensor, **options: Any) -> Gradients:
-    body = functools.partial(_gradients_of_rows, **options)
+    body = partial(_gradients_of_rows, **options)
     results, parameters = by_rows(body, (dy, x, gate, rstd.flatten(-2)), (weight,))
     return *results, *parameters
 

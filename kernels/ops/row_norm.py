@@ -198,11 +198,11 @@ def gradients(
     an EPYC, float32 [2048, 1024], that took 6.4 ms for 4.0, and its rounding error was four times as large.
     """
     rows = (dy, dh_out, h, mean, rstd, x, _mask(seed, h, threshold))
-    (dx, dh), dshared = by_rows(partial(gradients_of_rows, **options), rows, (weight, bias, gate))
+    (dx, dh), dshared = by_rows(partial(_gradients_of_rows, **options), rows, (weight, bias, gate))
     return dx, dh, *dshared
 
 
-def gradients_of_rows(
+def _gradients_of_rows(
     dy: Tensor,
     dh_out: Tensor | None,
     h: Tensor,
