@@ -285,7 +285,7 @@ def small(
         options |= {"eps": eps, "weight_offset": weight_offset, "center": center}
         y, h, *_ = _forward(x, residual, weight, bias, gate, seed, **options)
     else:
-        h = x if residual is None else (x if gate is None else x * gate) + residual
+        h = x if residual is None else _branch(x, gate, None, 1.0) + residual
         # Without parameters: the gradient of LayerNorm's weight, as it finds it, is not 0 for rows of equal numbers.
         y = F.layer_norm(h, h.shape[-1:], eps=eps) if center else F.rms_norm(h, h.shape[-1:], eps=eps)
         if weight is not None:
