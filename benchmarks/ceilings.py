@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +15,9 @@ ROUNDS = 7
 #: Bytes of each of the two buffers of the copy, and the size of the square matrices: far beyond what fits into a cache.
 CPU_COPY, CUDA_COPY = 512 * 2**20, 2 * 2**30
 CPU_MATMUL, CUDA_MATMUL = 2048, 8192
+#: Products that take as many seconds are long enough, and larger ones are not tried: where a processor has no
+#: instructions for a dtype (bfloat16 with AVX2) one of 2048 takes more than a minute.
+LONG_PRODUCT = 0.1
 #: More floating-point operations than that for each byte that must move in float32: a matrix product bounds the
 #: operator. At their benchmark sizes those without one have 5 at most (``dice_bce_loss``), those with one 54 at least.
 MATMUL_INTENSITY = 25
@@ -71,8 +75,14 @@ def _copy_gbs(size: int, device: torch.device, clock: timing.Clock) -> float:
 
 
 def _matmul_tflops(dtype: torch.dtype, n: int, device: torch.device, clock: timing.Clock) -> float:
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / _seconds(lambda: a @ b, clock) / 1e12
+    size = n // 8
+    while True:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        work = functools.partial(torch.matmul, a, b)
+        work()  # the first one of all loads what it needs
+        if size == n or clock(work, 1) >= LONG_PRODUCT:
+            return 2 * size**3 / _seconds(work, clock) / 1e12
+        size *= 2
 
 
 def _seconds(work: timing.Work, clock: timing.Clock, repetitions: int = 1) -> float:

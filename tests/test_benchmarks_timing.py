@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 
-from braze.benchmarks import memory, selfcheck, timing
+from braze.benchmarks import ceilings, memory, selfcheck, timing
 
 from .clocks import FakeClock, NoisyClock, providers
 
@@ -186,3 +187,16 @@ def test_the_self_check_of_one_run(capsys: pytest.CaptureFixture[str], monkeypat
     assert records[-1]["status"].startswith("wrong: output 0")
     assert "median_ms" not in records[-1]
     assert "wrong: output 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("slow_from", "expected"), [(8, 8), (2, 2), (100, 16)])
+def test_the_ceiling_of_products_is_of_the_largest_that_are_not_slow(slow_from: int, expected: int) -> None:
+    sizes: list[int] = []
+
+    def clock(work: Callable[[], torch.Tensor], repetitions: int) -> float:
+        sizes.append(len(work()))
+        return repetitions * (ceilings.LONG_PRODUCT if sizes[-1] >= slow_from else 0.01)
+
+    tflops = ceilings._matmul_tflops(torch.float32, 16, torch.device("cpu"), clock)  # type: ignore[arg-type]
+    assert sizes[-1] == expected
+    assert tflops == pytest.approx(2e-12 * expected**3 / (ceilings.LONG_PRODUCT if expected >= slow_from else 0.01))
