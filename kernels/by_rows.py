@@ -23,12 +23,15 @@ Tensors = Sequence[Tensor | None]
 TOGETHER = 4
 #: They are where there are as many elements in a row, few enough operands for the processor to fetch ahead of so many
 #: places in memory, and bytes that do not stay in a cache. Backward passes, one loop for two, on two cores of an EPYC
-#: with AVX2: RMSNorm, float32 [4096, 4096], 16.8 ms for 23.0; LayerNorm, bfloat16 [4096, 4096], 15.7 for 17.7; but
-#: gated_rms_norm, [65536, 128], 31.7 for 30.3; add_modulated_layer_norm, of four operands, [4096, 3072], 30.7 for 28.7;
-#: add_layer_norm, bfloat16 [2048, 1024], 3.1 for 2.8.
+#: with AVX2 and pages that stay mapped: RMSNorm, float32 [4096, 4096], 16.8 ms for 23.0; scale_add, [12608, 768], 8.6
+#: for 12.1; but gated_rms_norm, [65536, 128], 31.7 for 30.3; add_modulated_layer_norm, of four operands, [4096, 3072],
+#: 30.7 for 28.7; add_layer_norm, bfloat16 [2048, 1024], 3.1 for 2.8.
 SHORTEST = 512
 MOST_OPERANDS = 3
 LARGE = 16 * 2**20
+#: And where the sums over four rows take fewer bytes. glibc maps this much and more anew each time, whose pages cost
+#: more than a loop: LayerNorm of [4096, 4096] then took 55 ms for 40 in bfloat16, and 79 for 68 in float32.
+FRESH = 32 * 2**20
 #: Rows of this many elements or more are added up eight at a time, shorter ones 32 at a time. A block is read column by
 #: column, and lines of more than eight long rows drive each other out of the cache: bfloat16 [4096, 4096] took 6.0 ms
 #: for 11.5, [2048, 1024] 0.9 for 1.8, float32 [4096, 1152] 2.8 for 3.6; of [65536, 128], in eights, 11.0 for 6.0 (Σ g·n
@@ -86,6 +89,7 @@ def _together(rows: Tensors, parameters: Tensors, large: int) -> bool:
         and count % TOGETHER == 0
         and sum(t.shape[-1] == D for t in operands) <= MOST_OPERANDS
         and sum(t.nbytes for t in operands) >= large
+        and len(shared) * D * (count // TOGETHER) * 4 < FRESH
     )
 
 

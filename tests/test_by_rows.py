@@ -82,6 +82,7 @@ def test_long_rows_of_large_operands_are_written_out(
     x, weight = torch.empty(rows, width, dtype=dtype), torch.empty(width, dtype=dtype)
     assert by_rows._together((x, x, x[:, :1]), (weight,), by_rows.LARGE) is expected
     assert not by_rows._together((x, x, x, x), (weight,), by_rows.LARGE)
+    assert not by_rows._together((x, x), [weight] * 32, by_rows.LARGE)  # sums that are mapped anew each time
     assert not by_rows._together((x, x), (None,), by_rows.LARGE)
 
 
