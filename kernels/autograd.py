@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 Gradients = Sequence["Tensor | None"]
 
@@ -34,8 +35,10 @@ def fused(
     A ``forward`` that returns one of its tensors has changed that one in place. No gradient flows to the last outputs,
     as many as there are ``statistics``; ``grads`` has none for them.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Fused.apply(forward, backward, second, options, statistics, *tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return _Fused.apply(forward, backward, second, options, statistics, *tensors)
     outputs = forward(*tensors, **options)[0]
     if any(outputs is t for t in tensors):
         torch.autograd.graph.increment_version(outputs)
@@ -46,7 +49,9 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward, backward, second, options, statistics, *tensors):
         outputs, saved = forward(*tensors, **options)
-        ctx.mark_dirty(*(t for t in tensors if t is outputs))
+        for t in tensors:
+            if t is outputs:
+                ctx.mark_dirty(t)
         ctx.statistics = statistics
         if statistics:
             ctx.mark_non_differentiable(*outputs[-statistics:])
@@ -58,17 +63,23 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         needs = ctx.needs_input_grad[5:]
-        grads = grads[: len(grads) - ctx.statistics]
         # Lazily negated cotangents and batched ones (is_grads_batched) are more than the memory that a kernel reads.
-        arguments = [g.resolve_neg() for g in grads], ctx.saved_tensors, needs
-        if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
+        plain, batched = [], False
+        for g in grads[: len(grads) - ctx.statistics]:
+            plain.append(g.resolve_neg())
+            batched = batched or is_legacy_batchedtensor(g)
+        arguments = plain, ctx.saved_tensors, needs
+        if batched:
             with torch.enable_grad():
                 gradients = ctx.second(*arguments, **ctx.options)
         elif torch.is_grad_enabled():
             gradients = ctx.second(*arguments, **ctx.options)
         else:
             gradients = ctx.backward(*arguments, **ctx.options)
-        return None, None, None, None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True))
+        wanted = [None] * 5
+        for g, need in zip(gradients, needs, strict=True):
+            wanted.append(g if need else None)
+        return tuple(wanted)
 
 
 def vjp(reference: Callable[..., Any]) -> Callable[..., Gradients]:

@@ -70,10 +70,10 @@ def uncompiled(launch: Callable[..., Any]) -> Iterator[None]:
 
 def plain_call(function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Any:
     """What :func:`compiled_call` does, of a function that has nothing to gain from the compiler: as it is."""
-    if _launch is not None:
-        return compiled_call(function, tensors, options)
-    with torch.no_grad():
-        return function(*tensors, **options)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return plain_call(function, tensors, options)
+    return compiled_call(function, tensors, options) if _launch is not None else function(*tensors, **options)
 
 
 def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Any:
@@ -86,19 +86,24 @@ def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None]
     constants = (
         function,
         torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
-        *options.items(),
+        torch._C._get_deterministic_algorithms(),
+        torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+        *options,
+        *options.values(),
     )
-    exact = (constants, *[None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors])
+    present = []
+    layouts: list[tuple[Any, ...] | None] = []
+    for t in tensors:
+        if t is None:
+            layouts.append(None)
+        else:
+            present.append(t)
+            layouts.append((t.dtype, t.device, t.shape, t.stride()))
+    exact = (constants, *layouts)
     call = _exact_calls.get(exact)
     if call is None:
         call = _compile(function, tensors, options, exact)
-    return call(_present(tensors))
-
-
-def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
+    return call(present)
 
 
 def _compile(
@@ -152,7 +157,12 @@ _serial = itertools.count()
 #: Products are added unrounded, which torch.compile leaves out to agree with eager code to the last bit. In bfloat16,
 #: bias_act [3152, 3072] takes 5.7 ms for 7.4; layer_norm [2048, 1024], both ways, 2.5 for 3.1 (one core of an EPYC).
 #: And what is rounded to be written stays rounded where it is used: a norm is of the sum that it returns.
-OPTIONS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast", "emulate_precision_casts": True}
+#: Sizes are not asserted: code runs for those in its key, or under Dynamo's guards.
+OPTIONS: dict[str, Any] = {
+    "cpp.enable_floating_point_contract_flag": "fast",
+    "emulate_precision_casts": True,
+    "size_asserts": False,
+}
 
 
 def _few(seen: dict[tuple[Any, ...], set[Any]], kind: tuple[Any, ...], sizes: Any, most: int) -> bool:
@@ -184,7 +194,7 @@ def _compile_exactly(
         several = isinstance(found, tuple | list)
         return found if several else (found,)
 
-    present = _present(tensors)
+    present = [t for t in tensors if t is not None]
     graph = make_fx(outputs, tracing_mode="fake", decomposition_table=_decompositions(present))(*present)
     with config.patch(OPTIONS):
         built: Any = compile_fx_inner(graph, present, is_inference=True)

@@ -30,6 +30,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _is_tracing, _len_torch_dispatch_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import sharding
 from .compiled import compiled, uncompiled
@@ -65,6 +68,7 @@ DEFAULTS = {
     device: Choice(backend, f"the default on {device!r}")
     for device, backend in {"cuda": "triton", "xpu": "triton", "cpu": "compile"}.items()
 }
+SUBCLASS = "a tensor subclass defines its own operations"
 _SMALL = Choice("eager", f"under {SMALLEST_COMPILED} elements a compiled call costs more than it saves")
 
 
@@ -117,15 +121,15 @@ def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
     """Run ``op`` on checked arguments with the implementation that suits them."""
     first = tensors[0]
     assert first is not None
-    if first.device.type in op.autocast_to_float32 and torch.is_autocast_enabled(first.device.type):
+    if _is_any_autocast_enabled() and _asks_for_float32(op, first.device.type):
         tensors = tuple(_to_float32(t) for t in tensors)
     # DTensors bring the compiler the plain reference's operations, but know nothing of an opaque one.
-    if torch.compiler.is_compiling() and not (op.traced and sharding.any_sharded(tensors)):
+    if is_compiling() and not (op.traced and sharding.any_sharded(tensors)):
         return (op.traced or op.reference)(*tensors, **options)
-    if sharding.any_sharded(tensors):
+    choice = choose(op, tensors)
+    if choice.reason is SUBCLASS and sharding.any_sharded(tensors):
         signature = op.axes if isinstance(op.axes, str) else op.axes(*tensors, **options)
         return sharding.run(op.name, functools.partial(run, op, **options), signature, tensors)
-    choice = choose(op, tensors)
     function = op.small if choice is _SMALL and op.small else implementation(op, choice.backend)
     index = first.device.index if choice.backend == "triton" else None
     if index is not None and index != torch.accelerator.current_device_index():
@@ -152,10 +156,11 @@ def choose(op: Dispatched, tensors: tuple[Tensor | None, ...]) -> Choice:
                 f"{op.name}: all tensors must be on one device, got {', '.join(str(t.device) for t in present)}; "
                 "move them, e.g. t.to(x.device)"
             )
-        if t.dtype == torch.float64:
+        if t.dtype is torch.float64:
             dtype = t.dtype
-        elements = max(elements, t.numel())
-    return preferred(op, device.type, dtype, elements)
+        if t.numel() > elements:
+            elements = t.numel()
+    return preferred(op, _type(device), dtype, elements)
 
 
 def asked() -> str | None:
@@ -214,23 +219,32 @@ def seen_into(tensors: list[Tensor]) -> str | None:
     """Why somebody has to see the plain operations; None if nobody does."""
     for t in tensors:
         if type(t) not in sharding.ORDINARY:
-            return "a tensor subclass defines its own operations"
-        if t.layout != torch.strided or t.is_nested or t.is_neg():
+            return SUBCLASS
+        if t.layout is not torch.strided or t.is_nested or t.is_neg():
             return "a sparse, nested or lazily negated tensor is more than the memory that a kernel reads"
-    if torch._C._len_torch_dispatch_stack() > 0 and not _counted:
+    if _len_torch_dispatch_stack() > 0 and not _counted:
         return "an active dispatch mode wants to see the plain operations"
-    if torch._C._are_functorch_transforms_active():
+    if _are_functorch_transforms_active():
         return "torch.func transforms the plain operations"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return "forward-mode differentiation needs the plain operations"
-    if torch._C._is_tracing():
+    if _is_tracing():
         return "torch.jit.trace records the plain operations"
     return None
+
+
+def _asks_for_float32(op: Op, device: str) -> bool:
+    return device in op.autocast_to_float32 and torch.is_autocast_enabled(device)
 
 
 def _to_float32(tensor: Tensor | None) -> Tensor | None:
     half = tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16)
     return tensor.float() if half and tensor is not None else tensor
+
+
+@functools.cache
+def _type(device: torch.device) -> str:
+    return device.type  # a string that is made anew each time
 
 
 @functools.cache

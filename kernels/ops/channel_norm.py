@@ -43,10 +43,11 @@ def check(name: str, x: Tensor, **per_channel: Tensor | None) -> None:
         raise ValueError(
             f"{name}: x must have at least two dims, [N, C, ...], got {tuple(x.shape)}; unsqueeze the missing one"
         )
+    channels = x.shape[1:2]
     for label, parameter in per_channel.items():
-        if parameter is not None and tuple(parameter.shape) != (x.shape[1],):
+        if parameter is not None and parameter.shape != channels:
             raise ValueError(
-                f"{name}: {label} must have an element for each channel of x, ({x.shape[1]},), "
+                f"{name}: {label} must have an element for each channel of x, {tuple(channels)}, "
                 f"got {tuple(parameter.shape)}; build the module with the model's number of channels"
             )
 

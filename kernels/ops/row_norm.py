@@ -112,7 +112,8 @@ def _compiled_forward(x: Tensor, residual: Tensor | None, *others: Tensor | None
     squares = None
     if _atens(x, residual, *others, **options):
         h = x if residual is None else x + residual
-        w, b = (None if p is None else p.float() for p in (weight, bias))  # and so it returns statistics in float32
+        # In float32 it returns statistics in float32.
+        w, b = weight if weight is None else weight.float(), bias if bias is None else bias.float()
         y, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], w, b, options["eps"])
     elif options["center"] or x.dtype.itemsize < 4 or x.nbytes <= SMALL:
         y, h, mean, rstd = compiled_call(_keeping_rstd, (x, residual, *others), options)
@@ -134,12 +135,14 @@ def _atens(x: Tensor, residual: Tensor | None, *others: Tensor | None, center: b
     weight, bias, gate, seed = others
     if not center or gate is not None or seed is not None or (residual is not None and residual.dtype != x.dtype):
         return False
-    # One row of parameters for all rows, as ATen takes them.
-    if any(p is not None and p.dim() != 1 for p in (weight, bias)):
-        return False
-    if x.dtype == torch.float32:
-        return all(p is None or p.dtype == torch.float32 for p in (weight, bias))
-    return x.dtype.itemsize == 2 and weight is not None and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    single = x.dtype == torch.float32
+    for p in (weight, bias):
+        # One row of parameters for all rows, as ATen takes them.
+        if p is not None and (p.dim() != 1 or (single and p.dtype != x.dtype)):
+            return False
+    return single or (
+        x.dtype.itemsize == 2 and weight is not None and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    )
 
 
 def _keeping_rstd(x: Tensor, *others: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -280,10 +283,11 @@ def check_affine(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | Non
     checks.floating(name, x=x)
     if x.dim() == 0:
         raise ValueError(f"{name}: x must have at least one dimension to normalize over, got a scalar")
+    last = x.shape[-1:]
     for label, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != x.shape[-1:]:
+        if parameter is not None and parameter.shape != last:
             raise ValueError(
-                f"{name}: {label} must have the shape of the last dim of x, ({x.shape[-1]},), "
+                f"{name}: {label} must have the shape of the last dim of x, {tuple(last)}, "
                 f"got {tuple(parameter.shape)}; build the module with the model's hidden size"
             )
 
