@@ -173,16 +173,14 @@ def _compiled_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, **o
         # Nothing to convert: compiled, this would be the same two passes, and [2, 1280, 256] took 0.40 ms for 0.30.
         y, *statistics = plain_call(_in_one_dtype, tensors, options)
     else:
-        y, *statistics = compiled_call(_with_centre_and_scale, tensors, options)
+        y, *statistics = compiled_call(_widened, tensors, options)
     return y, (x, weight, bias, *statistics)
 
 
 def _compiled_backward(grads: Any, saved: Any, needs: Any, *, activation: Activation, **_: Any) -> Gradients:
-    x, weight, bias, mean, rstd, *affine = saved
-    # Not of the call below: the compiler would write z to memory if it had to compute them first.
-    affine = affine or compiled_call(_centre_and_scale, (weight, mean, rstd), {"channels": x.shape[1]})
+    x, *others = saved
     options = {"needs": tuple(needs), "activation": activation}
-    return compiled_call(_gradients, (dense(grads[0]), dense(x), weight, bias, mean, rstd, *affine), options)
+    return compiled_call(_gradients, (dense(grads[0]), dense(x), *others), options)
 
 
 def _in_one_dtype(
@@ -193,19 +191,11 @@ def _in_one_dtype(
     return activated(z, activation, inplace=True), mean, rstd
 
 
-def _with_centre_and_scale(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+def _widened(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
     wide = torch.promote_types(x.dtype, torch.float32)
     affine = (None if p is None else p.to(wide) for p in (weight, bias))
     y, *statistics = _in_one_dtype(x.to(wide), *affine, **options)
-    return y.to(x.dtype), *statistics, *_centre_and_scale(weight, *statistics, channels=x.shape[1])
-
-
-def _centre_and_scale(weight: Tensor | None, mean: Tensor, rstd: Tensor, *, channels: int) -> tuple[Tensor, Tensor]:
-    """[N, C] each: z = (x − centre) · scale + bias."""
-    N, G = mean.shape
-    ones = mean.new_ones(channels // G)
-    centre, scale = (torch.outer(t.flatten(), ones).view(N, channels) for t in (mean, rstd))
-    return centre, scale if weight is None else scale * weight
+    return y.to(x.dtype), *statistics
 
 
 def _gradients(
@@ -215,26 +205,40 @@ def _gradients(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    centre: Tensor,
-    scale: Tensor,
     *,
     needs: tuple[bool, bool, bool],
     activation: Activation,
 ) -> Gradients:
-    centre, scale = (t.view(*t.shape, *[1] * (x.dim() - 2)) for t in (centre, scale))
+    N, G = mean.shape
+    K = x.shape[1] // G
+    r = rstd.unsqueeze(-1)
+    scale = r if weight is None else r * weight.view(G, K)
+    # Beside each other the compiler writes them to memory; or it would work them out for each pixel, and write z.
+    centre, scale = torch.stack([t.expand(N, G, K) for t in (mean.unsqueeze(-1), scale)])
+    centre, scale = (_over_pixels(t.reshape(N, -1), x) for t in (centre, scale))
     centred = x.to(mean.dtype) - centre
     z = centred * scale
     a = pulled_back(dy, z if bias is None else z + per_channel(bias, z), activation)
-    wide_weight = None if weight is None else weight.to(mean.dtype)
     # Centred: Σ a·x − mean·Σ a would be a rounding error, and no more than that in a group of equals.
-    dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-        a, centred, torch.zeros_like(mean), rstd, wide_weight, *_sizes(x), mean.shape[1], list(needs)
-    )
-    return (
-        dx.to(x.dtype) if needs[0] else None,
-        dweight.to(weight.dtype) if weight is not None and needs[1] else None,
-        dbias.to(bias.dtype) if bias is not None and needs[2] else None,
-    )
+    by_channel = [t.reshape(N, G, K, -1).sum(-1) for t in (a * centred, a)]
+    dx, dweight, dbias = None, None, None
+    if needs[0]:
+        by_group = by_channel if weight is None else [t * weight.to(t.dtype).view(G, -1) for t in by_channel]
+        n = x.numel() // mean.numel()
+        # Scaled before they are added up: of a factor behind the sum each pixel would work out its own.
+        curve, shift = ((t / n).sum(-1, keepdim=True) for t in (by_group[0] * r * r * r, by_group[1] * r))
+        curve, shift = (_over_pixels(t.expand_as(by_channel[0]).reshape(N, -1), x) for t in (curve, shift))
+        dx = (a * scale - centred * curve - shift).to(x.dtype)
+    if weight is not None and needs[1]:
+        dweight = (by_channel[0] * r).sum(0).flatten().to(weight.dtype)
+    if bias is not None and needs[2]:
+        dbias = by_channel[1].sum(0).flatten().to(bias.dtype)
+    return dx, dweight, dbias
+
+
+def _over_pixels(t: Tensor, x: Tensor) -> Tensor:
+    """[N, C] as [N, C, 1, ...], to be broadcast over x."""
+    return t.view(*t.shape, *[1] * (x.dim() - 2))
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
