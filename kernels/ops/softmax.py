@@ -210,7 +210,7 @@ def _gradient(dy: Tensor, y: Tensor, mask: Tensor | None, *, scale: float, causa
     if dropped is not None:
         dy = dy.masked_fill(dropped, 0.0)
     # Both sums are of what is read, so that one loop over the row finds them.
-    inverse, along = 1.0 / p.sum(-1, keepdim=True), (dy * p).sum(-1, keepdim=True)
+    inverse, along = 2.0 - p.sum(-1, keepdim=True), (dy * p).sum(-1, keepdim=True)
     ds = p * inverse * (dy - along * inverse)
     if dropped is not None:
         ds = ds.masked_fill(dropped, 0.0)
