@@ -11,6 +11,7 @@ A fused operator brings three functions:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,6 +83,7 @@ class _Fused(torch.autograd.Function):
         return tuple(wanted)
 
 
+@functools.cache
 def vjp(reference: Callable[..., Any]) -> Callable[..., Gradients]:
     """The ``second`` of an operator that saves its own inputs first: autograd through ``reference``."""
 

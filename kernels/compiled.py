@@ -76,15 +76,26 @@ def plain_call(function: Callable[..., Any], tensors: Sequence[Tensor | None], o
     return compiled_call(function, tensors, options) if _launch is not None else function(*tensors, **options)
 
 
-def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Any:
-    """``function(*tensors, **options)``, compiled, with no record for autograd; the options become constants."""
+def compiled_call(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor | None],
+    options: Mapping[str, Any],
+    *,
+    recompute: bool = False,
+) -> Any:
+    """``function(*tensors, **options)``, compiled, with no record for autograd; the options become constants.
+
+    ``recompute``: each loop works out anew what it takes from up to eight tensors, not four, before that is written to
+    memory and read. Worth it where most of them have one element for a channel.
+    """
     if torch.is_grad_enabled():
         with torch.no_grad():
-            return compiled_call(function, tensors, options)
+            return compiled_call(function, tensors, options, recompute=recompute)
     if _launch is not None:
         return _launch(functools.partial(function, **options), [None if t is None else t.detach() for t in tensors])
     constants = (
         function,
+        recompute,
         torch.get_num_threads(),
         torch._C._get_deterministic_algorithms(),
         torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
@@ -102,7 +113,7 @@ def compiled_call(function: Callable[..., Any], tensors: Sequence[Tensor | None]
     exact = (constants, *layouts)
     call = _exact_calls.get(exact)
     if call is None:
-        call = _compile(function, tensors, options, exact)
+        call = _compile(function, tensors, options, exact, {**OPTIONS, **(RECOMPUTE if recompute else {})})
     return call(present)
 
 
@@ -111,15 +122,16 @@ def _compile(
     tensors: Sequence[Tensor | None],
     options: Mapping[str, Any],
     exact: tuple[Any, ...],
+    config: dict[str, Any],
 ) -> Callable[..., Any]:
     """What takes a list of the tensors that are present: code for these shapes alone, or for any."""
     # Detached: Dynamo looks at .grad, which warns where a tensor is not a leaf.
     detached = [None if t is None else t.detach() for t in tensors]
     kind = (exact[0], *map(_described, tensors))
     if _few(_shapes, kind, exact, MOST_SHAPES):
-        code = _exact_calls[exact] = _compile_exactly(function, detached, options)
+        code = _exact_calls[exact] = _compile_exactly(function, detached, options, config)
         return code
-    flexible = functools.partial(_flexible(function, kind, detached), *detached, **options)
+    flexible = functools.partial(_flexible(function, kind, detached, config), *detached, **options)
 
     def call(_: list[Tensor]) -> Any:
         if hash(exact) in _ran:
@@ -163,6 +175,7 @@ OPTIONS: dict[str, Any] = {
     "emulate_precision_casts": True,
     "size_asserts": False,
 }
+RECOMPUTE = {"realize_reads_threshold": 8}
 
 
 def _few(seen: dict[tuple[Any, ...], set[Any]], kind: tuple[Any, ...], sizes: Any, most: int) -> bool:
@@ -174,14 +187,16 @@ def _few(seen: dict[tuple[Any, ...], set[Any]], kind: tuple[Any, ...], sizes: An
 
 
 def _compile_exactly(
-    function: Callable[..., Any], tensors: Sequence[Tensor | None], options: Mapping[str, Any]
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor | None],
+    options: Mapping[str, Any],
+    config: dict[str, Any],
 ) -> Callable[..., Any]:
     """Code for these shapes and strides, of a list of the tensors that are present, which it empties.
 
     It runs without the guards of Dynamo, which would ask again what the key answers, and the wrappers of AOTAutograd,
     which have nothing to do here.
     """
-    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch.fx.experimental.proxy_tensor import make_fx  # here: it imports Triton
 
@@ -196,24 +211,31 @@ def _compile_exactly(
 
     present = [t for t in tensors if t is not None]
     graph = make_fx(outputs, tracing_mode="fake", decomposition_table=_decompositions(present))(*present)
-    with config.patch(OPTIONS):
+    with torch._inductor.config.patch(config):
         built: Any = compile_fx_inner(graph, present, is_inference=True)
     code = built.current_callable
     return code if several else lambda present: code(present)[0]
 
 
-def _flexible(function: Callable[..., Any], kind: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> Any:
+def _flexible(
+    function: Callable[..., Any],
+    kind: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    config: dict[str, Any],
+) -> Any:
     """Code for any number of rows of these widths, or for any width."""
     widths = tuple(t.shape[-1] if t is not None and t.dim() > 1 else None for t in tensors)
     if not _few(_widths, kind, widths, MOST_WIDTHS):
         widths = ()
     call = _flexible_calls.get((kind, widths))
     if call is None:
-        call = _flexible_calls[kind, widths] = _compile_flexibly(function, widths)
+        call = _flexible_calls[kind, widths] = _compile_flexibly(function, widths, config)
     return call
 
 
-def _compile_flexibly(function: Callable[..., Any], widths: tuple[int | None, ...]) -> Callable[..., Any]:
+def _compile_flexibly(
+    function: Callable[..., Any], widths: tuple[int | None, ...], config: dict[str, Any]
+) -> Callable[..., Any]:
     def call(*tensors: Tensor | None, **options: Any) -> Any:
         for t, width in zip(tensors, widths, strict=False):
             if t is not None and width is not None:
@@ -224,13 +246,13 @@ def _compile_flexibly(function: Callable[..., Any], widths: tuple[int | None, ..
     # recompile.
     code = call.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     copy = types.FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
-    return torch.compile(copy, backend=_backend, dynamic=True, fullgraph=True)
+    return torch.compile(copy, backend=functools.partial(_backend, config), dynamic=True, fullgraph=True)
 
 
-def _backend(graph: Any, inputs: Any) -> Any:
+def _backend(config: dict[str, Any], graph: Any, inputs: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph, inputs, config_patches=OPTIONS, decompositions=_decompositions(inputs))
+    return compile_fx(graph, inputs, config_patches=config, decompositions=_decompositions(inputs))
 
 
 def _decompositions(operands: Sequence[Any]) -> dict[Any, Callable[..., Any]]:

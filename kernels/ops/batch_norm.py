@@ -135,15 +135,15 @@ def batch_norm_act(
     if shared:
         (elements,) = count
     if shared or elements:
-        _move(running_mean, mean, momentum)
-        _move(running_var, var * (elements / (elements - 1)), momentum)
+        with torch.no_grad():
+            _move(running_mean, mean, momentum)
+            _move(running_var, var * (elements / (elements - 1)), momentum)
     return y
 
 
-@torch.no_grad()
 def _move(running: Tensor | None, batch: Tensor, momentum: float) -> None:
     if running is not None:
-        running.mul_(1.0 - momentum).add_(batch.to(running.dtype), alpha=momentum)
+        running.lerp_(batch.to(running.dtype), momentum)
 
 
 class BatchNormAct2d(torch.nn.BatchNorm2d):
@@ -247,7 +247,8 @@ def _compiled_piece(piece: Callable[..., Any], *tensors: Tensor | None, **option
 
 def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
     x, *others = saved
-    return compiled_call(_closed_form, (dense(grads[0]), dense(x), *others), {"needs": tuple(needs), **options})
+    tensors = (dense(grads[0]), dense(x), *others)
+    return compiled_call(_closed_form, tensors, {"needs": tuple(needs), **options}, recompute=True)
 
 
 def _closed_form(

@@ -180,7 +180,8 @@ def _compiled_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, **o
 def _compiled_backward(grads: Any, saved: Any, needs: Any, *, activation: Activation, **_: Any) -> Gradients:
     x, *others = saved
     options = {"needs": tuple(needs), "activation": activation}
-    return compiled_call(_gradients, (dense(grads[0]), dense(x), *others), options)
+    recompute = activation[0] not in ("none", "silu", "gelu")  # an exponential costs more than to read it
+    return compiled_call(_gradients, (dense(grads[0]), dense(x), *others), options, recompute=recompute)
 
 
 def _in_one_dtype(
