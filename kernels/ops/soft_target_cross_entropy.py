@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import dispatch, sharding
 from ..autograd import Gradients, fused, vjp
-from ..compiled import compiled_call
+from ..compiled import compiled_call, exp
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 from . import checks
 
@@ -37,7 +37,8 @@ def reference(
 ) -> Tensor:
     """Cross-entropy in plain PyTorch: x and target [N, C, d1, …] or [C]."""
     s, pull = _operands(x, target, weight, label_smoothing, softcap)
-    return _loss(torch.log_softmax(s, _classes(x)), pull, reduction).to(torch.promote_types(x.dtype, target.dtype))
+    losses = -(pull * torch.log_softmax(s, _classes(x))).sum(_classes(x))
+    return _reduced(losses, reduction).to(torch.promote_types(x.dtype, target.dtype))
 
 
 def _classes(x: Tensor) -> int:
@@ -64,9 +65,7 @@ def _per_class(weight: Tensor, x: Tensor) -> Tensor:
     return weight.view(-1, *[1] * (x.dim() - _classes(x) - 1))
 
 
-def _loss(logp: Tensor, pull: Tensor, reduction: str) -> Tensor:
-    classes = _classes(logp)
-    losses = -(pull * logp).sum(classes)
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.mean()
@@ -162,13 +161,17 @@ def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gr
 def _with_statistics(
     x: Tensor, target: Tensor, weight: Tensor | None, *, reduction: str, **options: Any
 ) -> tuple[Tensor, ...]:
-    """The loss, max s, log Σ exp(s − max s) and the sum of the probabilities: log_softmax spelled out, for these."""
+    """The loss, max s, log Σ exp(s − max s) and the sum of the probabilities.
+
+    All sums are of s − max s and the probabilities, so that one loop over the row finds them.
+    """
     classes = _classes(x)
     s, pull = _operands(x, target, weight, **options)
     peak = s.amax(classes, keepdim=True)
-    log_sum = (s - peak).exp().sum(classes, keepdim=True).log()
-    loss = _loss(s - peak - log_sum, pull, reduction).to(torch.promote_types(x.dtype, target.dtype))
-    return loss, peak, log_sum, pull.sum(classes, keepdim=True)
+    log_sum = exp(s - peak).sum(classes, keepdim=True).log()
+    mass, along = (t.sum(classes, keepdim=True) for t in (pull, pull * (s - peak)))
+    losses = (log_sum * mass - along).squeeze(classes)
+    return _reduced(losses, reduction).to(torch.promote_types(x.dtype, target.dtype)), peak, log_sum, mass
 
 
 def _gradients(
@@ -191,7 +194,7 @@ def _gradients(
         grad = grad.unsqueeze(_classes(x))
     if reduction == "mean":
         grad = grad / peak.numel()
-    dx = ((s - peak - log_sum).exp() * mass - pull) * grad
+    dx = (exp(s - peak - log_sum) * mass - pull) * grad
     if softcap is not None:
         dx = dx * (1.0 - (s / softcap).square())
     dtarget = None
