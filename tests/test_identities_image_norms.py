@@ -136,6 +136,14 @@ def test_batch_norm_is_that_of_torch_over_training_and_evaluation(
             torch.testing.assert_close(ours.state_dict()[name], tracked)
 
 
+def test_running_statistics_that_are_infinite_stay_so_as_torchs_do(device: str) -> None:
+    ours, plain = BatchNormAct2d(3).to(device), torch.nn.BatchNorm2d(3).to(device)
+    for norm in (ours, plain):
+        norm.running_var[0] = float("inf")
+        norm(draw((2, 3, 4, 4), torch.contiguous_format, device))
+    torch.testing.assert_close(ours.running_var, plain.running_var)
+
+
 def test_modules_load_what_torch_and_timm_saved(device: str) -> None:
     timm = pytest.importorskip("timm.layers", reason="timm is not installed: its modules have nothing to load")
     pairs = [

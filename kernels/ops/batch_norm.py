@@ -143,7 +143,7 @@ def batch_norm_act(
 
 def _move(running: Tensor | None, batch: Tensor, momentum: float) -> None:
     if running is not None:
-        running.lerp_(batch.to(running.dtype), momentum)
+        running.mul_(1.0 - momentum).add_(batch.to(running.dtype), alpha=momentum)  # not lerp_: ∞ would become NaN
 
 
 class BatchNormAct2d(torch.nn.BatchNorm2d):
