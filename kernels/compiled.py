@@ -113,7 +113,7 @@ def compiled_call(
     exact = (constants, *layouts)
     call = _exact_calls.get(exact)
     if call is None:
-        call = _compile(function, tensors, options, exact, {**OPTIONS, **(RECOMPUTE if recompute else {})})
+        call = _compile(function, tensors, options, exact, RECOMPUTE if recompute else OPTIONS)
     return call(present)
 
 
@@ -175,7 +175,8 @@ OPTIONS: dict[str, Any] = {
     "emulate_precision_casts": True,
     "size_asserts": False,
 }
-RECOMPUTE = {"realize_reads_threshold": 8}
+#: For ``recompute``.
+RECOMPUTE = {**OPTIONS, "realize_reads_threshold": 8}
 
 
 def _few(seen: dict[tuple[Any, ...], set[Any]], kind: tuple[Any, ...], sizes: Any, most: int) -> bool:

@@ -68,7 +68,7 @@ DEFAULTS = {
     device: Choice(backend, f"the default on {device!r}")
     for device, backend in {"cuda": "triton", "xpu": "triton", "cpu": "compile"}.items()
 }
-SUBCLASS = "a tensor subclass defines its own operations"
+_SUBCLASS = "a tensor subclass defines its own operations"
 _SMALL = Choice("eager", f"under {SMALLEST_COMPILED} elements a compiled call costs more than it saves")
 
 
@@ -127,7 +127,7 @@ def run(op: Op, *tensors: Tensor | None, **options: Any) -> Any:
     if is_compiling() and not (op.traced and sharding.any_sharded(tensors)):
         return (op.traced or op.reference)(*tensors, **options)
     choice = choose(op, tensors)
-    if choice.reason is SUBCLASS and sharding.any_sharded(tensors):
+    if choice.reason is _SUBCLASS and sharding.any_sharded(tensors):
         signature = op.axes if isinstance(op.axes, str) else op.axes(*tensors, **options)
         return sharding.run(op.name, functools.partial(run, op, **options), signature, tensors)
     function = op.small if choice is _SMALL and op.small else implementation(op, choice.backend)
@@ -219,7 +219,7 @@ def seen_into(tensors: list[Tensor]) -> str | None:
     """Why somebody has to see the plain operations; None if nobody does."""
     for t in tensors:
         if type(t) not in sharding.ORDINARY:
-            return SUBCLASS
+            return _SUBCLASS
         if t.layout is not torch.strided or t.is_nested or t.is_neg():
             return "a sparse, nested or lazily negated tensor is more than the memory that a kernel reads"
     if _len_torch_dispatch_stack() > 0 and not _counted:

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
         (BATCH_NORM_ACT, "hardswish", {"N": 4, "C": 16, "S": 1_024}, BACKWARD, 1),
         (GROUP_NORM, "relu", {"N": 4, "G": 4, "K": 4, "S": 1_024}, BACKWARD, 1),
     ],
-    ids=lambda value: getattr(value, "name", value) if isinstance(value, Op | str) else "",
+    ids=["soft targets", "batch norm, relu", "batch norm, hardswish", "group norm, relu"],
 )
 def test_nothing_of_the_size_of_x_is_written_but_results(
     op: Op, variant: str, dims: Mapping[str, int], which: str, results: int, dtype: torch.dtype
@@ -36,4 +36,5 @@ def test_nothing_of_the_size_of_x_is_written_but_results(
         outputs = tensors(op.fn(*call.args, **call.kwargs))
         work = case.work(which, op.fn, call, [torch.ones_like(y) for y in outputs])
         timing.ready(work, 1)[0]()  # compiles
+        # A quarter is for sums of rows and channels, and the gradients of parameters.
         assert memory.peak(work, CPU) < (results + 0.25) * call.args[0].nbytes

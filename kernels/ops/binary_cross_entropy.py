@@ -21,6 +21,7 @@ from .. import dispatch, sharding
 from ..autograd import fused, vjp
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 from . import binary_losses, checks
+from .loss_weights import reduced
 
 
 def reference(
@@ -42,7 +43,7 @@ def reference(
     loss = -positive * F.logsigmoid(wide) - (1.0 - t) * F.logsigmoid(-wide)
     if weight is not None:
         loss = loss * weight.to(wide.dtype)
-    return binary_losses.reduced(loss, reduction).to(dtype)
+    return reduced(loss, reduction).to(dtype)
 
 
 def binary_cross_entropy_with_logits(

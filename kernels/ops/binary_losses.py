@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..autograd import Gradients
 from ..compiled import compiled_call
+from .loss_weights import reduced
 
 
 def forward(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Any]:
@@ -22,13 +23,6 @@ def forward(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Any]:
 def backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
     """The gradient of x; None for the others."""
     return compiled_call(_gradient, (*grads, *saved), options), *[None] * (len(needs) - 1)
-
-
-def reduced(losses: Tensor, reduction: str) -> Tensor:
-    """The losses, their sum or their mean."""
-    if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.mean()
 
 
 def _losses(x: Tensor, target: Tensor, *weights: Tensor | None, reduction: str, **options: Any) -> Tensor:

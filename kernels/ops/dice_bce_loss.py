@@ -23,7 +23,8 @@ from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call, exp
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks
-from .binary_losses import loss_and_slope, reduced
+from .binary_losses import loss_and_slope
+from .loss_weights import reduced
 
 
 def reference(

@@ -180,7 +180,8 @@ def _compiled_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, **o
 def _compiled_backward(grads: Any, saved: Any, needs: Any, *, activation: Activation, **_: Any) -> Gradients:
     x, *others = saved
     options = {"needs": tuple(needs), "activation": activation}
-    recompute = activation[0] not in ("none", "silu", "gelu")  # an exponential costs more than to read it
+    # Of no activation there is nothing to recompute, and an exponential costs more than to read it.
+    recompute = activation[0] not in ("none", "silu", "gelu")
     return compiled_call(_gradients, (dense(grads[0]), dense(x), *others), options, recompute=recompute)
 
 
@@ -213,7 +214,8 @@ def _gradients(
     N, G = mean.shape
     K = x.shape[1] // G
     r = rstd.unsqueeze(-1)
-    scale = r if weight is None else r * weight.view(G, K)
+    gain = None if weight is None else weight.to(mean.dtype).view(G, K)
+    scale = r if gain is None else r * gain
     # Beside each other the compiler writes them to memory; or it would work them out for each pixel, and write z.
     centre, scale = torch.stack([t.expand(N, G, K) for t in (mean.unsqueeze(-1), scale)])
     centre, scale = (_over_pixels(t.reshape(N, -1), x) for t in (centre, scale))
@@ -224,7 +226,7 @@ def _gradients(
     by_channel = [t.reshape(N, G, K, -1).sum(-1) for t in (a * centred, a)]
     dx, dweight, dbias = None, None, None
     if needs[0]:
-        by_group = by_channel if weight is None else [t * weight.to(t.dtype).view(G, -1) for t in by_channel]
+        by_group = by_channel if gain is None else [t * gain for t in by_channel]
         n = x.numel() // mean.numel()
         # Scaled before they are added up: of a factor behind the sum each pixel would work out its own.
         curve, shift = ((t / n).sum(-1, keepdim=True) for t in (by_group[0] * r * r * r, by_group[1] * r))

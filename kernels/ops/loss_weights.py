@@ -1,4 +1,4 @@
-"""Weights of tokens and of classes in a loss, and what its mean divides by."""
+"""Weights of tokens and of classes in a loss, what its mean divides by, and the plain mean."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from . import process_groups
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+def reduced(losses: Tensor, reduction: str) -> Tensor:
+    """The losses, their sum or their mean."""
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.mean()
 
 
 def token_weights(ignored: Tensor, token_weight: Tensor | None, dtype: torch.dtype) -> Tensor:

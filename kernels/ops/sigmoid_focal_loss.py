@@ -20,7 +20,7 @@ from .. import dispatch, sharding
 from ..autograd import fused, vjp
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import binary_losses, checks
-from .binary_losses import reduced
+from .loss_weights import reduced
 
 
 def reference(x: Tensor, target: Tensor, *, alpha: float | None, gamma: float, reduction: str) -> Tensor:

@@ -24,6 +24,7 @@ from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call, exp
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 from . import checks
+from .loss_weights import reduced
 
 
 def reference(
@@ -38,7 +39,7 @@ def reference(
     """Cross-entropy in plain PyTorch: x and target [N, C, d1, …] or [C]."""
     s, pull = _operands(x, target, weight, label_smoothing, softcap)
     losses = -(pull * torch.log_softmax(s, _classes(x))).sum(_classes(x))
-    return _reduced(losses, reduction).to(torch.promote_types(x.dtype, target.dtype))
+    return reduced(losses, reduction).to(torch.promote_types(x.dtype, target.dtype))
 
 
 def _classes(x: Tensor) -> int:
@@ -63,12 +64,6 @@ def _operands(
 
 def _per_class(weight: Tensor, x: Tensor) -> Tensor:
     return weight.view(-1, *[1] * (x.dim() - _classes(x) - 1))
-
-
-def _reduced(losses: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.mean()
 
 
 def soft_target_cross_entropy(
@@ -171,7 +166,7 @@ def _with_statistics(
     log_sum = exp(s - peak).sum(classes, keepdim=True).log()
     mass, along = (t.sum(classes, keepdim=True) for t in (pull, pull * (s - peak)))
     losses = (log_sum * mass - along).squeeze(classes)
-    return _reduced(losses, reduction).to(torch.promote_types(x.dtype, target.dtype)), peak, log_sum, mass
+    return reduced(losses, reduction).to(torch.promote_types(x.dtype, target.dtype)), peak, log_sum, mass
 
 
 def _gradients(
