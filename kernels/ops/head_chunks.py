@@ -79,16 +79,22 @@ def in_chunks(
     return Found(losses, dh, _held(dw, weight, wants_weight), _held(db, bias, wants_bias))
 
 
-def rows_within(budget: int | None, weight: Tensor, classes: int, beside: int = 0) -> int:
+def rows_within(budget: int | None, weight: Tensor, classes: int, other_head: Tensor | None = None) -> int:
     """How many rows a chunk may have, before a head of so many classes that is otherwise like weight [·, D].
 
-    The gradient takes the place of the logits; the CPU widens it for one product. The budget is the bytes that both may
-    take, and what the loss needs beside them for each row; None for half of the head's own, at least LEAST_BUDGET.
+    The gradient takes the place of the logits; the CPU widens it for one product. Those of another head, [classes, E],
+    are there beside them. The budget is the bytes that all may take; None for half of the heads' own, at least
+    LEAST_BUDGET.
     """
+    itemsize = weight.element_size()
+    each = itemsize + (4 if itemsize < 4 and weight.device.type == "cpu" else 0)
+    heads = classes * weight.shape[1] * itemsize
+    if other_head is not None:
+        each += other_head.element_size()
+        heads += other_head.nbytes
     if budget is None:
-        budget = max(LEAST_BUDGET, classes * weight.shape[1] * weight.element_size() // 2)
-    each = weight.element_size() + (4 if weight.element_size() < 4 and weight.device.type == "cpu" else 0)
-    return max(1, budget // max(1, classes * each + beside))
+        budget = max(LEAST_BUDGET, heads // 2)
+    return max(1, budget // max(1, classes * each))
 
 
 def _chunks(N: int, counted: Tensor | None, most: int) -> Iterator[slice | Tensor]:

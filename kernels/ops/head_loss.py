@@ -59,8 +59,8 @@ class HeadLoss:
     token_weight: int | None = None
     #: ``classes(*tensors, **options)``: how many, for the size of a chunk.
     classes: Callable[..., int] = lambda hidden, weight, *_, **__: len(weight)
-    #: Bytes for each token that a chunk takes beside its logits.
-    beside: Callable[..., int] = lambda *_: 0
+    #: Which of the tensors is the weight of another head, if one is, whose logits a chunk holds too.
+    other_head: int | None = None
 
     def run(
         self, backend: str, second: Callable[..., Gradients], *tensors: Any, reduction: str, **options: Any
@@ -147,7 +147,8 @@ class HeadLoss:
         losses_of = self.losses_of(chunk, *tensors, ignore_index=ignore_index, **options)
         counted = None if target is None else counted_rows(ignored_tokens(hidden, target, ignore_index))
         classes = self.classes(*tensors, ignore_index=ignore_index, **options)
-        most = rows_within(memory_budget, weight, classes, self.beside(*tensors))
+        other_head = None if self.other_head is None else tensors[self.other_head]
+        most = rows_within(memory_budget, weight, classes, other_head)
         rows = hidden.reshape(-1, hidden.shape[-1])
         found = in_chunks(losses_of, rows, weight, bias, counted, scale, needs, most)
         return found._replace(hidden=None if found.hidden is None else found.hidden.view(hidden.shape))

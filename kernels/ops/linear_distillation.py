@@ -51,7 +51,8 @@ def reference(
     ignored = ignored_tokens(hidden, target, ignore_index)
     log_p = _log_probs(hidden, weight, bias, ignored, temperature)
     log_q = _log_probs(teacher_hidden, teacher_weight, teacher_bias, ignored, temperature)
-    losses = chunks.divergences(log_p, log_q, divergence=divergence, beta=beta).masked_fill(ignored, 0.0)
+    losses = chunks.divergences(log_p, log_q, log_p.exp(), log_q.exp(), divergence=divergence, beta=beta)
+    losses = losses.masked_fill(ignored, 0.0)
     losses = losses.to(torch.promote_types(hidden.dtype, torch.float32))
     if reduction == "none":
         return losses.view(hidden.shape[:-1])
@@ -109,7 +110,7 @@ def linear_distillation_loss(
         ignore_index: likewise.
         reduction: "none", "mean" (over the tokens that count: "batchmean" of ``F.kl_div`` on rows of tokens) or "sum".
         memory_budget: bytes that the logits of a chunk of tokens, of both models, and their gradient may take
-            together. None is half as much as ``weight`` takes, at least 64 MiB.
+            together. None is half as much as both weights take, at least 64 MiB.
 
     Returns:
         The divergences [...], 0 where left out, or their mean or sum, a scalar: in float32 or wider, because what is

@@ -13,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compiled import compiled_call
+from ..compiled import compiled_call, exp
 from .head_chunks import Losses
 from .head_loss import HeadLoss, as_one_node, called, ignored_tokens
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "js", "tv")
 
 
-def divergences(log_p: Tensor, log_q: Tensor, *, divergence: str, beta: float) -> Tensor:
-    """Of each row of the student's log-probabilities log_p [N, C] from the teacher's log_q."""
-    p, q = log_p.exp(), log_q.exp()
+def divergences(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, *, divergence: str, beta: float) -> Tensor:
+    """Of each row of the student's probabilities p [N, C], of which log_p is the logarithm, from the teacher's."""
     if divergence == "forward_kl":
         return _expected(q, log_q - log_p)
     if divergence == "reverse_kl":
@@ -43,9 +42,8 @@ def _log_mix(p: Tensor, q: Tensor, beta: float) -> Tensor:
     return (beta * q + (1.0 - beta) * p).clamp(min=torch.finfo(p.dtype).tiny).log()
 
 
-def _pulls(log_p: Tensor, log_q: Tensor, *, divergence: str, beta: float) -> Tensor:
+def _pulls(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, *, divergence: str, beta: float) -> Tensor:
     """a of each class."""
-    p, q = log_p.exp(), log_q.exp()
     if divergence == "forward_kl":
         return -q
     if divergence == "tv":
@@ -58,17 +56,16 @@ def _pulls(log_p: Tensor, log_q: Tensor, *, divergence: str, beta: float) -> Ten
 def losses_and_statistics(x: Tensor, z: Tensor, *, temperature: float, **options: Any) -> tuple[Tensor, ...]:
     """(losses, Σ a, and the maximum and log Σ exp(· − max) of the scores of each model)."""
     statistics = (*_normalizers(x, temperature), *_normalizers(z, temperature))
-    log_p, log_q = _log_probs(x, z, *statistics, temperature=temperature)
-    total = _pulls(log_p, log_q, **options).sum(1, keepdim=True)
-    return divergences(log_p, log_q, **options), total, *statistics
+    both = _probabilities(x, z, *statistics, temperature=temperature)
+    return divergences(*both, **options), _pulls(*both, **options).sum(1, keepdim=True), *statistics
 
 
 def replace_by_gradient(
     x: Tensor, z: Tensor, scale: Tensor, total: Tensor, *statistics: Tensor, temperature: float, **options: Any
 ) -> None:
     """Write the gradient of Σ scale·loss over the student's logits x [N, C]."""
-    log_p, log_q = _log_probs(x, z, *statistics, temperature=temperature)
-    ds = _pulls(log_p, log_q, **options) - log_p.exp() * total
+    log_p, log_q, p, q = _probabilities(x, z, *statistics, temperature=temperature)
+    ds = _pulls(log_p, log_q, p, q, **options) - p * total
     x.copy_(ds * (scale / temperature)[:, None])
 
 
@@ -79,13 +76,15 @@ def _scores(x: Tensor, temperature: float) -> Tensor:
 def _normalizers(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     s = _scores(x, temperature)
     peak = s.amax(1, keepdim=True)
-    return peak, (s - peak).exp().sum(1, keepdim=True).log()
+    return peak, exp(s - peak).sum(1, keepdim=True).log()
 
 
-def _log_probs(
+def _probabilities(
     x: Tensor, z: Tensor, x_peak: Tensor, x_log_sum: Tensor, z_peak: Tensor, z_log_sum: Tensor, *, temperature: float
-) -> tuple[Tensor, Tensor]:
-    return _scores(x, temperature) - x_peak - x_log_sum, _scores(z, temperature) - z_peak - z_log_sum
+) -> tuple[Tensor, ...]:
+    """log p, log q, p, q."""
+    log_p, log_q = _scores(x, temperature) - x_peak - x_log_sum, _scores(z, temperature) - z_peak - z_log_sum
+    return log_p, log_q, exp(log_p), exp(log_q)
 
 
 def _torch_chunk(call: Callable[..., Any], x: Tensor, z: Tensor, scale: Tensor | None, **options: Any) -> Tensor:
@@ -116,16 +115,11 @@ def counted(hidden: Tensor, target: Tensor | None, *, ignore_index: int) -> Tens
     return (~ignored_tokens(hidden, target, ignore_index)).sum(dtype=torch.float32)
 
 
-def _teacher_logits(*tensors: Any) -> int:
-    """Bytes of the teacher's logits of a token."""
-    return len(tensors[5]) * tensors[5].element_size()
-
-
 _HEAD_LOSS = HeadLoss(
     name="linear_distillation",
     impls={
         "eager": functools.partial(_torch_chunk, called),
-        "compile": functools.partial(_torch_chunk, compiled_call),
+        "compile": functools.partial(_torch_chunk, functools.partial(compiled_call, recompute=True)),
         "triton": _triton_chunk,
     },
     losses_of=_losses_of,
@@ -133,7 +127,7 @@ _HEAD_LOSS = HeadLoss(
     tensors="Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias",
     options="str divergence, float beta, float temperature, SymInt ignore_index, SymInt? memory_budget",
     operands=(0, 1, 3, 4, 5, 6),
-    beside=_teacher_logits,
+    other_head=5,
 )
 run = _HEAD_LOSS.run
 traced = as_one_node(_HEAD_LOSS)
