@@ -23,6 +23,9 @@ from .records import Record
 COPY = "copy"
 #: Calls in one sample of a GPU's host time: well under the thousand kernels or so after which queueing waits.
 QUEUED_CALLS = 20
+#: Seconds of a forward pass above which nothing is timed: a processor without instructions for a dtype (bfloat16 with
+#: AVX2) takes minutes for a matrix product, of whichever provider.
+LONGEST_FORWARD = 10.0
 
 
 class Effort(NamedTuple):
@@ -35,6 +38,8 @@ class Effort(NamedTuple):
     rounds: int = 50
     cold_rounds: int = 10
     host_rounds: int = 10
+    #: Seconds of samples of a pass, warm or cold, after which no further round begins.
+    longest: float = 30.0
     #: Whether, on a CPU, compiled functions are compiled again for the tiny inputs that show the host's part.
     compile_tiny: bool = True
 
@@ -67,7 +72,7 @@ def measure(
     also: Mapping[str, Provider] | None = None,
 ) -> list[Record]:
     """Time all providers of one case that are right, after a look at their results; ``also`` these further ones."""
-    status = no_room(case)
+    status = no_room(case) or _takes_too_long(case, ceilings)
     if status:
         return [case.record(which, BASELINE, status=status) for which in case.passes()]
     call = case.call()
@@ -93,6 +98,14 @@ def no_room(case: Case) -> str | None:
     needed, free = TRUTH_COPIES * case.least_bytes(FORWARD, itemsize=8), memory.available(case.device)
     if needed > free:
         return f"skipped: the float64 truth needs about {needed / 1e9:.0f} GB, there are {free / 1e9:.0f}"
+    return None
+
+
+def _takes_too_long(case: Case, ceilings: Ceilings | None) -> str | None:
+    flops, reached = case.matmul_flops(FORWARD), ceilings and ceilings.matmul(case.dtype)
+    if flops and reached and flops / reached / 1e12 > LONGEST_FORWARD:
+        seconds = flops / reached / 1e12
+        return f"skipped: at {1e3 * reached:.3g} GFLOP/s of {case.dtype} a forward pass would take {seconds:.0f} s"
     return None
 
 
@@ -142,9 +155,10 @@ def _pass(
     peaks = memory.peaks(work, case.device)
     host = _host(case, which, functions, work, effort, clocks)
     work[COPY] = case.copy(which)
-    warm = timing.compare(work, clocks.warm, effort.rounds)
-    cold = timing.compare(work, clocks.cold, effort.cold_rounds, None if case.device.type == "cuda" else 1)
-    common = {"least_bytes": case.least_bytes(which), "rounds": effort.rounds, **clocks_mhz(case.device)}
+    warm = timing.compare(work, clocks.warm, effort.rounds, longest=effort.longest)
+    once = None if case.device.type == "cuda" else 1
+    cold = timing.compare(work, clocks.cold, effort.cold_rounds, once, effort.longest)
+    common = {"least_bytes": case.least_bytes(which), "rounds": warm.rounds, **clocks_mhz(case.device)}
     records = []
     for name in (*contestants, COPY):
         figures: Record = {"status": "ok", "implementation": "Tensor.copy_"}

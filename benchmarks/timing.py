@@ -45,6 +45,8 @@ SAMPLE_SECONDS = 2e-3
 #: provider before left them, and of some graphs the first to be used up is the longest unused: where equal works had
 #: one call and two for a sample, they seemed to differ by a fifth.
 EQUAL_SECONDS = 2e-2
+#: Rounds that are timed however long they take: with fewer a ratio has no interval but its whole range.
+FEWEST_ROUNDS = 6
 
 
 class Quartiles(NamedTuple):
@@ -68,6 +70,11 @@ class Samples:
 
     def __init__(self, seconds: Mapping[str, Sequence[float]]) -> None:
         self._seconds = {name: np.asarray(samples) for name, samples in seconds.items()}
+
+    @property
+    def rounds(self) -> int:
+        """How many there were."""
+        return min(map(len, self._seconds.values()), default=0)
 
     def quartiles(self, provider: str) -> Quartiles:
         """The spread of one provider's samples."""
@@ -118,18 +125,30 @@ def _outside(rounds: int) -> int:
     return max(0, int(np.searchsorted(np.cumsum(chances), 0.025, side="right")) - 1)
 
 
-def compare(providers: Mapping[str, Work], clock: Clock, rounds: int, repetitions: int | None = None) -> Samples:
+def compare(
+    providers: Mapping[str, Work],
+    clock: Clock,
+    rounds: int,
+    repetitions: int | None = None,
+    longest: float = math.inf,
+) -> Samples:
     """Time every provider once in each round, after a warm-up that also finds how many calls make a sample.
 
-    ``repetitions`` says it instead, for a clock whose single call is long enough.
+    ``repetitions`` says it instead, for a clock whose single call is long enough. After ``longest`` seconds on the
+    clock no further round begins, once there are ``FEWEST_ROUNDS``.
     """
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in providers}
+    spent = 0.0
     with _no_garbage_collection():
         calls = dict.fromkeys(providers, repetitions) if repetitions else _repetitions(providers, clock)
-        for _ in range(rounds):
+        for done in range(rounds):
+            if done >= FEWEST_ROUNDS and spent > longest:
+                break
             for name in order.sample(list(providers), len(providers)):
-                seconds[name].append(clock(providers[name], calls[name]) / calls[name])
+                sample = clock(providers[name], calls[name])
+                seconds[name].append(sample / calls[name])
+                spent += sample
     return Samples(seconds)
 
 

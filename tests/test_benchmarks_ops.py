@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from braze.benchmarks import accuracy, memory, ops, ops_case, ops_measure, ops_table, peers, providers, timing
-from braze.benchmarks.ceilings import Ceilings
+from braze.benchmarks import accuracy, ceilings, memory, ops, ops_case, ops_measure, ops_table, peers, providers, timing
 from braze.kernels import OPS
 from braze.kernels.op import Op
 
@@ -21,7 +20,7 @@ from .clocks import FakeClock
 RMS_NORM = next(op for op in OPS if op.name == "rms_norm")
 TINY = {"N": 33, "D": 64}
 EFFORT = ops_measure.Effort(rounds=3, cold_rounds=2, host_rounds=2)
-CEILINGS = Ceilings(copy_gbs=10.0, matmul_tflops={"torch.float32": 0.1})
+CEILINGS = ceilings.Ceilings(copy_gbs=10.0, matmul_tflops={"torch.float32": 0.1})
 
 Records = dict[tuple[str, str], dict[str, Any]]
 
@@ -178,6 +177,14 @@ def test_a_truth_that_does_not_fit_is_skipped_visibly(monkeypatch: pytest.Monkey
     assert len(found) == 3
     assert all(r["status"].startswith("skipped: ") for r in found.values())
     ops_table.show(list(found.values()))
+
+
+def test_products_that_take_minutes_are_skipped_visibly() -> None:
+    mlp = next(op for op in OPS if op.name == "mlp")
+    one = ops_case.Case(mlp, mlp.bench[0], torch.bfloat16, torch.device("cpu"))
+    records = ops_measure.measure(one, EFFORT, ceilings.Ceilings(10.0, {"torch.bfloat16": 1e-3}))
+    assert {r["pass"] for r in records} == set(one.passes())
+    assert all("at 1 GFLOP/s of torch.bfloat16 a forward pass would take" in r["status"] for r in records)
 
 
 def test_every_figure_of_a_record() -> None:

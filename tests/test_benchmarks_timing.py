@@ -118,6 +118,15 @@ def test_what_takes_long_is_tried_twice() -> None:
     assert len(clock.order) == 4
 
 
+@pytest.mark.parametrize(("longest", "rounds"), [(100.0, 6), (1000.0, 12), (1e4, 50)])
+def test_no_round_begins_when_the_time_is_over(longest: float, rounds: int) -> None:
+    """Rounds of 90 s: the twelfth begins at 990."""
+    clock = FakeClock()
+    samples = timing.compare(providers(clock, a=30.0, b=60.0), clock, rounds=50, longest=longest)
+    assert samples.rounds == rounds
+    assert samples.ratio("b", "a") == pytest.approx((2.0, 2.0, 2.0))
+
+
 @pytest.mark.parametrize("clock", [timing.cpu_clock, timing.clocks_for(CPU).cold], ids=["warm", "cold"])
 def test_what_is_prepared_is_used_once(clock: timing.Clock) -> None:
     made: list[list[int]] = []
