@@ -233,11 +233,13 @@ def _gradients_of_rows(
     if dh_out is not None:
         dh = dh + dh_out
     dx, dgate = None, None
-    if needs[0] and (gate is not None or mask is not None):
-        dx = _branch(dh, gate, mask, scale).to(dy.dtype)
     if gate is not None and needs[4]:
         assert x is not None
-        dgate = dh, x.to(dh.dtype)
+        # As it is returned: the compiler would write it in float32 besides, to read that here.
+        dh = dh.to(h.dtype)
+        dgate = dh.to(rstd.dtype), x.to(rstd.dtype)
+    if needs[0] and (gate is not None or mask is not None):
+        dx = _branch(dh, gate, mask, scale).to(dy.dtype)
     return (dx, dh.to(h.dtype)), (dweight, dbias, dgate)
 
 
