@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -277,10 +276,3 @@ def known_shapes() -> bool:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode  # here: it imports Triton
 
     return get_proxy_mode() is not None
-
-
-def exp(x: Tensor) -> Tensor:
-    """The exponential by way of exp2, which takes less time on the CPU; and where it is read twice the compiler leaves
-    it in registers, and writes what exp gives to memory.
-    """
-    return torch.exp2(x * math.log2(math.e))

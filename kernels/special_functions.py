@@ -1,4 +1,4 @@
-"""GELU and tanh of float32, for code that the compiler makes for the CPU.
+"""GELU, tanh and exponentials of float32, for code that the compiler makes for the CPU.
 
 Its own erf and tanh are function calls of 0.7 and 1.4 ns for an element, where reading and writing it in the cache
 takes 0.2 (one core of an AMD EPYC, AVX-512). Taken apart as here, tanh takes 0.8 ns for 1.7, GELU's approximation by
@@ -30,6 +30,13 @@ IN_TAIL = (
 #: Φ(−a)·exp(a²/2) for 0 ≤ a ≤ LAST, again a ratio of polynomials with no negative coefficient; relative error 5e-8.
 MILLS_ABOVE = (0.499999974, 0.332680371, 0.103477763, 0.0134157527)
 MILLS_BELOW = (1.0, 1.46324217, 0.874484174, 0.258793634, 0.0336506697)
+
+
+def exp(x: Tensor) -> Tensor:
+    """The exponential by way of exp2, which takes less time on the CPU; and where it is read twice the compiler leaves
+    it in registers, and writes what ``x.exp()`` gives to memory.
+    """
+    return torch.exp2(x * math.log2(math.e))
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

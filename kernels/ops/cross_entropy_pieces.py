@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiled import exp
+from ..special_functions import exp
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from .. import dispatch, sharding
 from ..autograd import Gradients, fused, vjp
-from ..compiled import compiled_call, exp
+from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
+from ..special_functions import exp
 from . import checks
 from .binary_losses import loss_and_slope
 from .loss_weights import reduced

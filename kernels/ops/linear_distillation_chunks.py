@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compiled import compiled_call, exp
+from ..compiled import compiled_call
+from ..special_functions import exp
 from .head_chunks import Losses
 from .head_loss import HeadLoss, as_one_node, called, ignored_tokens
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import Gradients, fused, vjp
-from ..compiled import compiled_call, exp
+from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
+from ..special_functions import exp
 from . import checks
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from .. import dispatch, sharding
 from ..autograd import Gradients, fused, vjp
-from ..compiled import compiled_call, exp
+from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
+from ..special_functions import exp
 from . import checks
 from .loss_weights import reduced
 

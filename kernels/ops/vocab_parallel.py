@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
+from ..special_functions import exp
 from . import checks, process_groups
 from .cross_entropy_pieces import as_rows, reduced, scores
 from .loss_weights import or_zero, own_index
@@ -73,7 +74,7 @@ def statistics(
     gap = None
     if smoothed:
         gap = (below if weight is None else below * weight.to(s.dtype)).sum(1)
-    return peak, (-below).exp().sum(1), gap
+    return peak, exp(-below).sum(1), gap
 
 
 def _finite(peak: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def gradient(
     """The gradient of logits [N, V], 0 where ignored."""
     ignored = index == IGNORED
     s = scores(x, ignored, softcap)
-    p = (s - base[:, None] - log_sum[:, None]).exp()
+    p = exp(s - base[:, None] - log_sum[:, None])
     own = torch.arange(x.shape[1], device=x.device)
     ds = torch.where(own == index[:, None], p - 1.0, p) * pull[:, None]
     if lift is not None:
