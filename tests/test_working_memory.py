@@ -39,6 +39,8 @@ CPU = torch.device("cpu")
 def test_nothing_of_the_size_of_x_is_written_but_results(
     op: Op, variant: str, dims: Mapping[str, int], which: str, results: int, dtype: torch.dtype
 ) -> None:
+    if (variant, dtype) == ("hardswish", torch.bfloat16) and torch.__version__ < "2.12":
+        pytest.skip("the compiler of torch 2.11 writes dy·act'(z) in float32 there")
     case = Case(op, dims, dtype, CPU, variant)
     call = case.call()
     with use_backend("compile"):
