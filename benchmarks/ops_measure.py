@@ -102,10 +102,11 @@ def no_room(case: Case) -> str | None:
 
 
 def _takes_too_long(case: Case, ceilings: Ceilings | None) -> str | None:
-    flops, reached = case.matmul_flops(FORWARD), ceilings and ceilings.matmul(case.dtype)
-    if flops and reached and flops / reached / 1e12 > LONGEST_FORWARD:
-        seconds = flops / reached / 1e12
-        return f"skipped: at {1e3 * reached:.3g} GFLOP/s of {case.dtype} a forward pass would take {seconds:.0f} s"
+    flops = case.matmul_flops(FORWARD)
+    seconds = ceilings.seconds(case.dtype, 0, flops) if ceilings and flops else None
+    if flops and seconds and seconds > LONGEST_FORWARD:
+        rate = flops / seconds / 1e9
+        return f"skipped: at {rate:.3g} GFLOP/s of {case.dtype} a forward pass would take {seconds:.0f} s"
     return None
 
 

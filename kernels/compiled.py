@@ -85,7 +85,7 @@ def compiled_call(
     """``function(*tensors, **options)``, compiled, with no record for autograd; the options become constants.
 
     ``recompute``: each loop works out anew what it takes from up to eight tensors, not four, before that is written to
-    memory and read. Worth it where most of them have one element for a channel.
+    memory and read. Worth it where most of them have one element for a channel or a row.
     """
     if torch.is_grad_enabled():
         with torch.no_grad():
