@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from braze.kernels import RMS_NORM, compiled, rms_norm, use_backend
+from braze.kernels import RMS_NORM, compiled, rms_norm, special_functions, use_backend
 from braze.kernels.by_rows import column_sum
 
 from . import budget
@@ -129,6 +129,12 @@ def test_many_rows_of_equal_numbers_are_added_up_in_blocks(most_shapes: int, mon
     total = compiled.compiled_call(lambda x: column_sum(x[0], x), (x,), {})
     error = (total.double() / x.double().sum(0) - 1.0).abs().max()
     assert error <= 8 * torch.finfo(torch.float32).eps  # as a sum of 2,048 blocks: 47
+
+
+def test_logarithms_are_right_to_the_last_bits() -> None:
+    z = torch.linspace(0, 1, 200_000)[1:]
+    errors = compiled.compiled_call(special_functions.log1p, (z,), {}).double() / z.double().log1p() - 1
+    assert errors.abs().max() <= 2 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["any shape", "one shape"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..autograd import Gradients
 from ..compiled import compiled_call
+from ..special_functions import exp, log1p
 from .loss_weights import reduced
 
 
@@ -57,10 +58,10 @@ def loss_and_slope(
     u = t if pos_weight is None else t * pos_weight.to(h.dtype)
     v = 1.0 - t
     if z is None:
-        z = torch.exp(-h.abs())
+        z = exp(-h.abs())
     inverse = 1.0 / (1.0 + z)
     against, along = torch.where(h >= 0.0, v, u), torch.where(h >= 0.0, u, v)
-    loss = against * h.abs() + (against + along) * torch.log1p(z)
+    loss = against * h.abs() + (against + along) * log1p(z)
     slope = (against - along * z) * inverse
     if gamma:
         wrong = against + along * z

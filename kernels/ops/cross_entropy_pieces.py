@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..special_functions import exp
+from ..exp_sums import peak_and_exp_sum
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -72,8 +72,8 @@ def loss_and_statistics(
     """
     classes = 1 if x.dim() > 1 else 0
     s = scores(x, None, softcap)
-    peak = s.amax(classes, keepdim=True)
-    log_sum = exp(s - peak).sum(classes, keepdim=True).log()
+    peak, total = peak_and_exp_sum(s, classes)
+    log_sum = total.log()
     lse = (peak + log_sum).squeeze(classes) if z_loss else None
     loss = loss_of(s - peak - log_sum, lse, target, weight, z_loss=z_loss, **options)
     return loss, peak, log_sum

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compiled import compiled_call
+from ..exp_sums import peak_and_exp_sum
 from ..special_functions import exp
 from .head_chunks import Losses
 from .head_loss import HeadLoss, as_one_node, called, ignored_tokens
@@ -75,9 +76,8 @@ def _scores(x: Tensor, temperature: float) -> Tensor:
 
 
 def _normalizers(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    s = _scores(x, temperature)
-    peak = s.amax(1, keepdim=True)
-    return peak, exp(s - peak).sum(1, keepdim=True).log()
+    peak, total = peak_and_exp_sum(_scores(x, temperature), 1)
+    return peak, total.log()
 
 
 def _probabilities(

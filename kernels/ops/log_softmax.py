@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import dispatch
 from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
+from ..exp_sums import peak_and_exp_sum
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 from ..special_functions import exp
 from . import checks
@@ -96,8 +97,8 @@ def _with_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     one core of an EPYC.
     """
     s = x.to(torch.promote_types(x.dtype, torch.float32))
-    peak = s.amax(-1, keepdim=True)
-    log_sum = exp(s - peak).sum(-1, keepdim=True).log()
+    peak, total = peak_and_exp_sum(s, -1)
+    log_sum = total.log()
     return (s - peak - log_sum).to(x.dtype), peak, log_sum
 
 

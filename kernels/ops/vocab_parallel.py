@@ -23,6 +23,7 @@ Source: Shoeybi et al., Megatron-LM (2019).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
+from ..exp_sums import finite, peak_and_exp_sum
 from ..special_functions import exp
 from . import checks, process_groups
 from .cross_entropy_pieces import as_rows, reduced, scores
@@ -69,17 +71,12 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(max s, Σ exp(s − max s), Σ w_c·(max s − s_c) if smoothed) of logits [N, V]; a maximum of −∞ counts as 0."""
     s = scores(x, target == ignore_index, softcap)
-    peak = s.detach().amax(1) if x.shape[1] else s.new_full((len(s),), float("-inf"))
-    below = _finite(peak)[:, None] - s
+    peak, total = peak_and_exp_sum(s, 1) if x.shape[1] else (s.new_full((len(s), 1), -math.inf), s.sum(1, keepdim=True))
     gap = None
     if smoothed:
+        below = finite(peak) - s
         gap = (below if weight is None else below * weight.to(s.dtype)).sum(1)
-    return peak, exp(-below).sum(1), gap
-
-
-def _finite(peak: Tensor) -> Tensor:
-    """0 where all logits are −∞: −∞ − (−∞) would be NaN."""
-    return torch.where(peak == float("-inf"), 0.0, peak)
+    return peak.squeeze(1), total.squeeze(1), gap
 
 
 def gradient(
@@ -161,7 +158,7 @@ def losses(
     if weight is not None:
         parts.append(or_zero(weight, place.masked_fill(ignored, x.shape[1])).to(peak.dtype))
     if gap is not None:
-        parts.append(gap + (base - _finite(peak)) * own_weight)
+        parts.append(gap + (base - finite(peak)) * own_weight)
     total, distance, *rest = process_groups.added_up(torch.stack(parts), group).unbind()
     w = rest.pop(0) if weight is not None else torch.ones_like(total)
     w = w.masked_fill(ignored, 0.0).masked_fill(~ignored & ((target < 0) | (target >= sizes.sum())), float("nan"))
@@ -187,7 +184,7 @@ def _first_message(
     table[group.rank(), 1] = own_weight
     found = process_groups.all_reduce(torch.cat([peak, table.flatten()]), "max", group)
     base, table = found[: len(peak)], found[len(peak) :].view_as(table)
-    return _finite(base), table[:, 0].long(), table[:, 1].sum()
+    return finite(base), table[:, 0].long(), table[:, 1].sum()
 
 
 def logits_gradient(
