@@ -13,6 +13,8 @@ from braze.benchmarks.ops_case import BACKWARD, FORWARD, Case
 from braze.kernels import (
     ADD_MODULATED_LAYER_NORM,
     BATCH_NORM_ACT,
+    BINARY_CROSS_ENTROPY,
+    CROSS_ENTROPY,
     GROUP_NORM,
     SOFT_TARGET_CROSS_ENTROPY,
     linear_distillation_loss,
@@ -29,12 +31,24 @@ CPU = torch.device("cpu")
     ("op", "variant", "dims", "which", "results"),
     [
         (SOFT_TARGET_CROSS_ENTROPY, "default", {"N": 16, "C": 9_000}, FORWARD, 0),
+        (CROSS_ENTROPY, "default", {"N": 16, "C": 9_000}, FORWARD, 0),
+        (CROSS_ENTROPY, "softcap", {"N": 16, "C": 9_000}, FORWARD, 0),
+        (BINARY_CROSS_ENTROPY, "default", {"N": 16, "D": 9_001}, FORWARD, 0),
         (BATCH_NORM_ACT, "default", {"N": 4, "C": 16, "S": 1_024}, BACKWARD, 1),
         (BATCH_NORM_ACT, "hardswish", {"N": 4, "C": 16, "S": 1_024}, BACKWARD, 1),
         (GROUP_NORM, "relu", {"N": 4, "G": 4, "K": 4, "S": 1_024}, BACKWARD, 1),
         (ADD_MODULATED_LAYER_NORM, "default", {"B": 2, "S": 256, "D": 512}, BACKWARD, 2),
     ],
-    ids=["soft targets", "batch norm, relu", "batch norm, hardswish", "group norm, relu", "gated sum and norm"],
+    ids=[
+        "soft targets",
+        "classes",
+        "capped",
+        "binary",
+        "batch norm, relu",
+        "batch norm, hardswish",
+        "group norm, relu",
+        "gated sum and norm",
+    ],
 )
 def test_nothing_of_the_size_of_x_is_written_but_results(
     op: Op, variant: str, dims: Mapping[str, int], which: str, results: int, dtype: torch.dtype
