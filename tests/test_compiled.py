@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from braze.kernels import RMS_NORM, compiled, rms_norm, special_functions, use_backend
 from braze.kernels.by_rows import column_sum
+from braze.kernels.exp_sums import peak_and_exp_sum
 
 from . import budget
 from .contract import poisoned_allocations
@@ -129,6 +130,18 @@ def test_many_rows_of_equal_numbers_are_added_up_in_blocks(most_shapes: int, mon
     total = compiled.compiled_call(lambda x: column_sum(x[0], x), (x,), {})
     error = (total.double() / x.double().sum(0) - 1.0).abs().max()
     assert error <= 8 * torch.finfo(torch.float32).eps  # as a sum of 2,048 blocks: 47
+
+
+@pytest.mark.parametrize("most_shapes", [0, 2], ids=["any shape", "one shape"])
+def test_a_normalizer_in_blocks_knows_infinities(most_shapes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "MOST_SHAPES", most_shapes)
+    x = torch.randn(6, 3_000) - 200.0  # where 0 is far above the maximum
+    x[0, :1_024], x[1, 2_048:], x[2], x[3, -1], x[4, 0] = -torch.inf, -torch.inf, -torch.inf, torch.inf, torch.nan
+    peak, total = compiled.compiled_call(peak_and_exp_sum, (x,), {"dim": 1})
+    torch.testing.assert_close(peak, x.amax(1, keepdim=True), rtol=0, atol=0, equal_nan=True)
+    truth = (x.double() - peak.double()).exp().sum(1, keepdim=True)
+    truth[2] = 0.0  # of nothing
+    torch.testing.assert_close(total.double(), truth, rtol=1e-5, atol=0, equal_nan=True)
 
 
 def test_logarithms_are_right_to_the_last_bits() -> None:
