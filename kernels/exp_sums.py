@@ -15,9 +15,9 @@ def peak_and_exp_sum(s: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """(max s, Σ exp(s − max s)) along a dim, which keeps one element; −∞ and 0 where all are −∞.
 
     The sum is differentiable, the maximum counts as a constant. Long rows are read once, in blocks that each have a
-    maximum of their own and are in the cache when their sum is taken: the forward pass of cross-entropy, float32
-    [4096, 32000], took 49 ms for 104 (two cores of a Xeon). No row is all blocks: the compiler would try to run the
-    loops over blocks and over rows as one, and for that takes both apart at every sum.
+    maximum of their own and are in the cache when their sum is taken: beside the compiled plain form, cross-entropy of
+    [4096, 32000] takes half the time forward that it did (`ops`, two cores of a Xeon). No row is all blocks: the
+    compiler would try to run the loops over blocks and over rows as one, and for that takes both apart at every sum.
     """
     D = s.shape[dim]
     if dim % s.dim() < s.dim() - 1 or D <= LONGEST:

@@ -1,4 +1,4 @@
-"""GELU, tanh and exponentials of float32, for code that the compiler makes for the CPU.
+"""GELU, tanh, exponentials and log(1 + z) of float32, for code that the compiler makes for the CPU.
 
 Its own erf and tanh are function calls of 0.7 and 1.4 ns for an element, where reading and writing it in the cache
 takes 0.2 (one core of an AMD EPYC, AVX-512). Taken apart as here, tanh takes 0.8 ns for 1.7, GELU's approximation by
