@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import long_sums, special_functions
+from . import long_sums
 from .autograd import Gradients, fused, vjp
 
 
@@ -168,10 +168,12 @@ _serial = itertools.count()
 #: Products are added unrounded, which torch.compile leaves out to agree with eager code to the last bit. In bfloat16,
 #: bias_act [3152, 3072] takes 5.7 ms for 7.4; layer_norm [2048, 1024], both ways, 2.5 for 3.1 (one core of an EPYC).
 #: And what is rounded to be written stays rounded where it is used: a norm is of the sum that it returns.
-#: Sizes are not asserted: code runs for those in its key, or under Dynamo's guards.
+#: Formulas of up to 200 operations, not 30, are worked out again where they are used twice, before they are written to
+#: memory. Sizes are not asserted: code runs for those in its key, or under Dynamo's guards.
 OPTIONS: dict[str, Any] = {
     "cpp.enable_floating_point_contract_flag": "fast",
     "emulate_precision_casts": True,
+    "realize_opcount_threshold": 200,
     "size_asserts": False,
 }
 #: For ``recompute``.
@@ -211,7 +213,7 @@ def _compile_exactly(
 
     present = [t for t in tensors if t is not None]
     graph = make_fx(outputs, tracing_mode="fake", decomposition_table=_decompositions(present))(*present)
-    with torch._inductor.config.patch(config):
+    with _settings(config):
         built: Any = compile_fx_inner(graph, present, is_inference=True)
     code = built.current_callable
     return code if several else lambda present: code(present)[0]
@@ -252,14 +254,30 @@ def _compile_flexibly(
 def _backend(config: dict[str, Any], graph: Any, inputs: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph, inputs, config_patches=config, decompositions=_decompositions(inputs))
+    with _settings(config):
+        return compile_fx(graph, inputs, decompositions=_decompositions(inputs))
+
+
+@contextmanager
+def _settings(config: dict[str, Any]) -> Iterator[None]:
+    """The compiler's, for code of ours; what it kept from other formulas of the special functions is not found."""
+    from . import special_functions  # here: it imports Triton
+
+    key: Any = torch.compiler.config  # what it inherits is not in its type
+    with (
+        torch._inductor.config.patch({**config, **special_functions.compiler_options()}),
+        key.patch(cache_key_tag=key.cache_key_tag + special_functions.VERSION),
+    ):
+        yield
 
 
 def _decompositions(operands: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
     from torch._inductor.decomposition import select_decomp_table
 
+    from . import special_functions  # here: it imports Triton
+
     half = any(isinstance(t, Tensor) and t.dtype.itemsize == 2 for t in operands)
-    return {**select_decomp_table(), **long_sums.decompositions(half=half), **special_functions.decompositions()}
+    return {**select_decomp_table(), **long_sums.decompositions(half=half), **special_functions.DECOMPOSITIONS}
 
 
 def tracing() -> bool:

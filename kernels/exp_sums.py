@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .long_sums import BLOCK, LONGEST
-from .special_functions import exp
 
 
 def peak_and_exp_sum(s: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -22,14 +21,14 @@ def peak_and_exp_sum(s: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     D = s.shape[dim]
     if dim % s.dim() < s.dim() - 1 or D <= LONGEST:
         peak = s.detach().amax(dim, keepdim=True)
-        return peak, exp(s - finite(peak)).sum(dim, keepdim=True)
+        return peak, (s - finite(peak)).exp().sum(dim, keepdim=True)
     left = (D - 1) % BLOCK + 1
     blocks, rest = s[..., : D - left].unflatten(-1, (-1, BLOCK)), s[..., D - left :]
     peaks = blocks.detach().amax(-1)
-    sums = exp(blocks - finite(peaks).unsqueeze(-1)).sum(-1)
+    sums = (blocks - finite(peaks).unsqueeze(-1)).exp().sum(-1)
     peak = torch.maximum(peaks.amax(-1, keepdim=True), rest.detach().amax(-1, keepdim=True))
     base = finite(peak)
-    return peak, (sums * exp(peaks - base)).sum(-1, keepdim=True) + exp(rest - base).sum(-1, keepdim=True)
+    return peak, (sums * (peaks - base).exp()).sum(-1, keepdim=True) + (rest - base).exp().sum(-1, keepdim=True)
 
 
 def finite(peak: Tensor) -> Tensor:

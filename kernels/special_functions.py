@@ -1,106 +1,167 @@
-"""GELU, tanh, exponentials and log(1 + z) of float32, for code that the compiler makes for the CPU.
+"""Exponentials, tanh, the sigmoid and GELU of float32, for code that the compiler makes for the CPU.
 
-Its own erf and tanh are function calls of 0.7 and 1.4 ns for an element, where reading and writing it in the cache
-takes 0.2 (one core of an AMD EPYC, AVX-512). Taken apart as here, tanh takes 0.8 ns for 1.7, GELU's approximation by
-tanh 0.6 for 1.9 and its gradient 0.8 for 2.0, all with reading and writing; with AVX2, GELU 0.9 for ATen's 1.3, and its
-gradient 1.4 for 2.3.
+Its own are calls of functions, which it takes for so dear that what two loops read of them is written to memory. As
+formulas they are a part of the loop.
+
+The compiler meets them as operators of ours that it can lower. As decompositions they would double with each function
+of a function, for what a formula uses twice is traced twice: the gradient of a capped cross-entropy, exp of tanh, took
+minutes to compile.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config, cpp_builder, cpu_vec_isa
+from torch._inductor.lowering import make_pointwise, register_lowering
+from torch._inductor.virtualized import ops
 
-#: (Φ(x) − ½) / x for |x| ≤ LAST as a ratio of polynomials of x², of the least relative error, 2e-8. No coefficient is
-#: negative, so that nothing cancels.
-LAST = 5.5
-ABOVE = (0.398942274, 0.0334595647, 0.00465152364, 0.000164580191, 6.30159818e-06, 2.29304637e-08)
-BELOW = (1.0, 0.250537093, 0.028416515, 0.0018606841, 7.21688617e-05, 1.19900826e-06)
-#: Φ(x) for −LAST ≤ x ≤ TAIL as a polynomial of MIDDLE − x, where ½ + x·(…) has cancelled down to its last bits; error
-#: times x 3e-8.
-TAIL, MIDDLE = -3.0, -4.25
-IN_TAIL = (
-    *(1.06812928e-05, -4.77345482e-05, 1.01619324e-04, -1.35591440e-04, 1.26236956e-04),
-    *(-8.79372936e-05, 4.69907014e-05, -1.72153681e-05, 3.02802927e-06),
-)
-#: Φ(−a)·exp(a²/2) for 0 ≤ a ≤ LAST, again a ratio of polynomials with no negative coefficient; relative error 5e-8.
+#: 2·exp r for |r| ≤ ½·log 2 as a polynomial of the least relative error, 8e-9.
+EXP = (2.0, 2.00000008, 0.999999842, 0.333328394, 0.0833364574, 0.01674971414, 0.0027673588)
+#: log 2 in two parts (Cody and Waite): n times the first is exact.
+LN_2 = (0.693359375, -2.12194440e-4)
+#: Added to a float32, rounds it to a whole number n, and leaves n + 126 in its last bits: the exponent of 2ⁿ⁻¹.
+SHIFT = 1.5 * 2**23 + 126
+#: The bits of SHIFT + 129, whose exponent is that of ∞.
+LARGEST = 0x4B400000 + 126 + 129
+#: exp is 0 below, before 2ⁿ⁻¹ leaves the normal numbers.
+SMALLEST = -86.9
+#: Φ(−a)·exp(a²/2) for 0 ≤ a as a ratio of polynomials with no negative coefficient, so that nothing cancels; relative
+#: error 5e-8 to a = 5.5, and 6e-4 further on, to where all is 0.
 MILLS_ABOVE = (0.499999974, 0.332680371, 0.103477763, 0.0134157527)
 MILLS_BELOW = (1.0, 1.46324217, 0.874484174, 0.258793634, 0.0336506697)
-#: atanh(u) / u as a polynomial of u², for u = z / (2 + z) of 0 ≤ z ≤ 1; relative error 4e-9.
-ATANH = (1.0, 0.333331573, 0.200124551, 0.139803013, 0.140891676)
+LAST = 15.0
+#: tanh(x) / x for x² < SERIES as a polynomial of x², where 1 − 2 / (1 + exp 2x) cancels.
+TANH, SERIES = (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835), 0.0625
+#: What GCC needs to be told about registers of 512 bits, by the only one of torch's settings that reaches its command
+#: line. It copies arrays in halves of them, and number by number where they fill two. And it had better not use the
+#: upper sixteen: where these hold something, a fault of a page costs 0.8 µs more, of 4 (two cores of a virtual Xeon),
+#: and results beyond 32 MB come in fresh pages: the gradient of log_softmax, bfloat16 [2048, 50304], took a fifth more.
+WHOLE_REGISTERS = " ".join([
+    "native",
+    "-mprefer-vector-width=512",
+    "--param max-completely-peel-times=32",
+    *(f"-ffixed-xmm{register}" for register in range(16, 32)),
+])  # fmt: skip
+
+#: Changes with this file: the compiler's cache knows of graphs, and not of what their operators are lowered to.
+VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+_LIBRARY = torch.library.Library(f"{__name__.partition('.')[0]}_cpu", "DEF")
 
 
-def exp(x: Tensor) -> Tensor:
-    """The exponential by way of exp2, which takes less time on the CPU; and where it is read twice the compiler leaves
-    it in registers, and writes what ``x.exp()`` gives to memory.
-    """
-    return torch.exp2(x * math.log2(math.e))
+@functools.cache
+def compiler_options() -> dict[str, Any]:
+    """Settings with which the compiler makes quick code of formulas."""
+    wide = cpu_vec_isa.pick_vec_isa().bit_width() == 512
+    return {"cpp.march": WHOLE_REGISTERS} if wide and quick_bits() else {}
 
 
-def log1p(z: Tensor) -> Tensor:
-    """log(1 + z) for 0 ≤ z ≤ 1, as 2·atanh(z / (2 + z))."""
-    if z.dtype != torch.float32:
-        return torch.log1p(z)
-    u = z / (2.0 + z)
-    return (u + u) * _polynomial(ATANH, u * u)
+@functools.cache
+def quick_bits() -> bool:
+    """Whether 2ⁿ is made of its bits in registers: the compiler copies them in arrays, which GCC can do without."""
+    width = cpu_vec_isa.pick_vec_isa().bit_width()
+    can_be_told = getattr(config.cpp, "march", "") is None  # torch 2.11 has no such setting
+    return cpp_builder.is_gcc() and (width == 256 or (width == 512 and can_be_told))
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """What the operators' special functions are taken apart by."""
-    aten = torch.ops.aten
-    return {aten.gelu.default: _gelu, aten.gelu_backward.default: _gelu_backward, aten.tanh.default: _tanh}
+def _exp(x: Any) -> Any:
+    """2ⁿ·exp r, where x = n·log 2 + r; or else 2ˣ´ with x´ = x / log 2, as wrong as if x were rounded once more."""
+    if not quick_bits():
+        return ops.exp2(x * _number(math.log2(math.e)))
+    shifted = ops.to_dtype_bitcast(x * _number(math.log2(math.e)) + _number(SHIFT), torch.int32, torch.float32)
+    bits = ops.minimum(shifted, ops.constant(LARGEST, torch.int32))
+    n = ops.to_dtype_bitcast(bits, torch.float32, torch.int32) - _number(SHIFT)
+    r = x - n * _number(LN_2[0]) - n * _number(LN_2[1])
+    half = ops.to_dtype_bitcast(bits << ops.constant(23, torch.int32), torch.float32, torch.int32)
+    return ops.where(x < _number(SMALLEST), _number(0.0), _polynomial(_numbers(EXP), r) * half)
 
 
-def _gelu(x: Tensor, *, approximate: str = "none") -> Any:
-    if x.dtype != torch.float32:
-        return NotImplemented
-    return x * (_cdf(x) if approximate == "none" else _sigmoid(x))
+def _sigmoid(x: Any) -> Any:
+    one = _number(1.0)
+    return one / (one + _exp(-x))
 
 
-def _gelu_backward(dy: Tensor, x: Tensor, *, approximate: str = "none") -> Any:
-    if x.dtype != torch.float32:
-        return NotImplemented
+def _tanh(x: Any) -> Any:
+    one, q = _number(1.0), x * x
+    far = one - _number(2.0) / (one + _exp(_number(2.0) * x))
+    return ops.where(q < _number(SERIES), x * _polynomial(_numbers(TANH), q), far)
+
+
+def _gelu(x: Any, *, approximate: str = "none") -> Any:
+    return x * (_normal(x)[1] if approximate == "none" else _gate(x))
+
+
+def _gelu_backward(dy: Any, x: Any, *, approximate: str = "none") -> Any:
     if approximate == "none":
-        e = torch.exp2(x * x * (-0.5 * math.log2(math.e)))
-        a = x.abs().clamp(max=LAST)
-        outside = e * (_polynomial(MILLS_ABOVE, a) / _polynomial(MILLS_BELOW, a))
-        return dy * (torch.where(x < 0, outside, 1 - outside) + x * e * (1 / math.sqrt(2 * math.pi)))
-    s = _sigmoid(x)
-    slope = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
-    return dy * (s + x * (s * (1 - s)) * slope)
+        e, cdf = _normal(x)
+        return dy * (cdf + x * e * _number(1 / math.sqrt(2 * math.pi)))
+    s, one = _gate(x), _number(1.0)
+    slope = _number(2 * math.sqrt(2 / math.pi)) * (one + _number(3 * 0.044715) * x * x)
+    return dy * (s + x * (s * (one - s)) * slope)
 
 
-def _cdf(x: Tensor) -> Tensor:
-    """Φ(x), 0 below −LAST: with Φ(−LAST) = 2e-8 for all x further down, x·Φ(x) would grow again."""
-    u = x.clamp(-LAST, LAST)
-    q = u * u
-    inside = 0.5 + u * (_polynomial(ABOVE, q) / _polynomial(BELOW, q))
-    return torch.where(x < -LAST, 0.0, torch.where(x < TAIL, _polynomial(IN_TAIL, MIDDLE - u), inside))
+def _normal(x: Any) -> tuple[Any, Any]:
+    """exp(−x²/2) and Φ(x)."""
+    e = _exp(x * x * _number(-0.5))
+    a = ops.minimum(ops.abs(x), _number(LAST))
+    outside = e * (_polynomial(_numbers(MILLS_ABOVE), a) / _polynomial(_numbers(MILLS_BELOW), a))
+    return e, ops.where(x < _number(0.0), outside, _number(1.0) - outside)
 
 
-def _sigmoid(x: Tensor) -> Tensor:
+def _gate(x: Any) -> Any:
     """(1 + tanh z) / 2 = σ(2z) of GELU's z = √(2/π)·(x + 0.044715·x³): accurate where 1 + tanh z cancels."""
-    return 1 / (1 + torch.exp2(x * (1 + 0.044715 * x * x) * (-2 * math.sqrt(2 / math.pi) * math.log2(math.e))))
+    one = _number(1.0)
+    return one / (one + _exp(_number(-2 * math.sqrt(2 / math.pi)) * x * (one + _number(0.044715) * x * x)))
 
 
-def _tanh(x: Tensor) -> Any:
-    """From exp(−2|x|), which cannot overflow; near 0, where 1 − exp cancels, five terms of the series."""
-    if x.dtype != torch.float32:
-        return NotImplemented
-    a = x.abs()
-    e = torch.exp2(a * (-2 * math.log2(math.e)))
-    far = (1 - e) / (1 + e)
-    near = x * _polynomial((1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835), x * x)
-    return torch.where(a < 0.25, near, torch.where(x < 0, -far, far))
+def _numbers(values: Sequence[float]) -> list[Any]:
+    return [_number(value) for value in values]
 
 
-def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+def _number(value: float) -> Any:
+    return ops.constant(value, torch.float32)
+
+
+def _polynomial(coefficients: Sequence[Any], x: Any) -> Any:
     *others, last = coefficients
     total = x * last + others.pop()
     while others:
         total = total * x + others.pop()
     return total
+
+
+def _registered(op: Any, formula: Callable[..., Any]) -> Callable[..., Any]:
+    """What takes ATen's operator to one of ours, which does the same and which the compiler lowers to the formula."""
+    name = op._schema.name.partition("::")[2]
+    _LIBRARY.define(str(op._schema).partition("::")[2])
+    _LIBRARY.impl(name, op, "CompositeExplicitAutograd")
+    mine = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+
+    def lowering(*operands: Any, **options: Any) -> Any:
+        return make_pointwise(functools.partial(formula, **options))(*operands)
+
+    def decomposition(*operands: Tensor, **options: Any) -> Any:
+        ours = operands[0].dtype == torch.float32 and operands[0].device.type == "cpu"
+        return mine(*operands, **options) if ours else NotImplemented
+
+    register_lowering(mine)(lowering)
+    return decomposition
+
+
+_FORMULAS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.exp.default: _exp,
+    torch.ops.aten.sigmoid.default: _sigmoid,
+    torch.ops.aten.tanh.default: _tanh,
+    torch.ops.aten.gelu.default: _gelu,
+    torch.ops.aten.gelu_backward.default: _gelu_backward,
+}
+#: What the operators' special functions are taken apart by.
+DECOMPOSITIONS = {op: _registered(op, formula) for op, formula in _FORMULAS.items()}

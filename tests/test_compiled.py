@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from braze.kernels import RMS_NORM, compiled, rms_norm, special_functions, use_backend
 from braze.kernels.by_rows import column_sum
 from braze.kernels.exp_sums import peak_and_exp_sum
+from braze.kernels.ops import binary_losses
 
 from . import budget
 from .contract import poisoned_allocations
@@ -22,6 +23,8 @@ SPECIAL: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
 }
 
 
@@ -146,12 +149,27 @@ def test_a_normalizer_in_blocks_knows_infinities(most_shapes: int, monkeypatch: 
 
 def test_logarithms_are_right_to_the_last_bits() -> None:
     z = torch.linspace(0, 1, 200_000)[1:]
-    errors = compiled.compiled_call(special_functions.log1p, (z,), {}).double() / z.double().log1p() - 1
+    errors = compiled.compiled_call(binary_losses._log1p, (z,), {}).double() / z.double().log1p() - 1
     assert errors.abs().max() <= 2 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("name", ["exp", "sigmoid"])
+def test_exponentials_are_right_to_the_last_bits(name: str) -> None:
+    function = getattr(torch, name)
+    x = torch.cat(
+        [torch.linspace(-86.9, 88.7228, 200_000), torch.logspace(-45, 0, 5_000), -torch.logspace(-45, 0, 5_000)]
+    )
+    errors = compiled.compiled_call(function, (x,), {}).double() / function(x.double()) - 1
+    steps = 2 + (0 if special_functions.quick_bits() else x.abs())  # or as if x were rounded
+    assert (errors.abs() <= steps * torch.finfo(torch.float32).eps).all()
+
+    x = torch.tensor([-1e30, -1e3, -88.0, 88.73, 1e3, 1e30, torch.inf, -torch.inf, torch.nan, 0.0, -0.0]).repeat(3)
+    got, truth = compiled.compiled_call(function, (x,), {}), function(x.double()).float()
+    torch.testing.assert_close(got, truth, rtol=0, atol=2e-38, equal_nan=True)  # where it is less it may be 0
+
+
 @pytest.mark.parametrize("exact", [False, True], ids=["any shape", "one shape"])
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "tanh"])
+@pytest.mark.parametrize("name", SPECIAL)
 def test_special_functions_are_right_everywhere(name: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the smallest to the largest number, with the derivative; infinities give what they give in float64."""
     function = SPECIAL[name]

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..autograd import Gradients
 from ..compiled import compiled_call
-from ..special_functions import exp, log1p
 from .loss_weights import reduced
+
+#: atanh(u) / u as a polynomial of u², for u = z / (2 + z) of 0 ≤ z ≤ 1; relative error 4e-9.
+ATANH = (1.0, 0.333331573, 0.200124551, 0.139803013, 0.140891676)
 
 
 def forward(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Any]:
@@ -58,10 +60,10 @@ def loss_and_slope(
     u = t if pos_weight is None else t * pos_weight.to(h.dtype)
     v = 1.0 - t
     if z is None:
-        z = exp(-h.abs())
+        z = (-h.abs()).exp()
     inverse = 1.0 / (1.0 + z)
     against, along = torch.where(h >= 0.0, v, u), torch.where(h >= 0.0, u, v)
-    loss = against * h.abs() + (against + along) * log1p(z)
+    loss = against * h.abs() + (against + along) * _log1p(z)
     slope = (against - along * z) * inverse
     if gamma:
         wrong = against + along * z
@@ -75,3 +77,13 @@ def loss_and_slope(
     if alpha is not None:
         scale = alpha * t + (1.0 - alpha) * v
     return (loss, slope) if scale is None else (loss * scale, slope * scale)
+
+
+def _log1p(z: Tensor) -> Tensor:
+    """log(1 + z) for 0 ≤ z ≤ 1, as 2·atanh(z / (2 + z)): the compiler's own is a call of a function."""
+    if z.dtype != torch.float32:
+        return torch.log1p(z)
+    u = z / (2.0 + z)
+    q = u * u
+    series = ATANH[0] + q * (ATANH[1] + q * (ATANH[2] + q * (ATANH[3] + q * ATANH[4])))
+    return (u + u) * series

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..compiled import compiled_call
 from ..exp_sums import peak_and_exp_sum
-from ..special_functions import exp
 from .head_chunks import Losses
 from .head_loss import HeadLoss, as_one_node, called, ignored_tokens
 
@@ -85,7 +84,7 @@ def _probabilities(
 ) -> tuple[Tensor, ...]:
     """log p, log q, p, q."""
     log_p, log_q = _scores(x, temperature) - x_peak - x_log_sum, _scores(z, temperature) - z_peak - z_log_sum
-    return log_p, log_q, exp(log_p), exp(log_q)
+    return log_p, log_q, log_p.exp(), log_q.exp()
 
 
 def _torch_chunk(call: Callable[..., Any], x: Tensor, z: Tensor, scale: Tensor | None, **options: Any) -> Tensor:

@@ -19,7 +19,6 @@ from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
 from ..exp_sums import peak_and_exp_sum
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
-from ..special_functions import exp
 from . import checks
 
 
@@ -104,7 +103,7 @@ def _with_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _gradient(dy: Tensor, x: Tensor, peak: Tensor, log_sum: Tensor) -> Tensor:
     """dy − p·Σ dy."""
-    p = exp(x.to(peak.dtype) - peak - log_sum)
+    p = (x.to(peak.dtype) - peak - log_sum).exp()
     g = dy.to(p.dtype)
     return (g - p * g.sum(-1, keepdim=True)).to(x.dtype)
 

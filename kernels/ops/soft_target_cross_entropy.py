@@ -23,7 +23,6 @@ from .. import dispatch, sharding
 from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
-from ..special_functions import exp
 from . import checks
 from .loss_weights import reduced
 
@@ -164,7 +163,7 @@ def _with_statistics(
     classes = _classes(x)
     s, pull = _operands(x, target, weight, **options)
     peak = s.amax(classes, keepdim=True)
-    log_sum = exp(s - peak).sum(classes, keepdim=True).log()
+    log_sum = (s - peak).exp().sum(classes, keepdim=True).log()
     mass, along = (t.sum(classes, keepdim=True) for t in (pull, pull * (s - peak)))
     losses = (log_sum * mass - along).squeeze(classes)
     return reduced(losses, reduction).to(torch.promote_types(x.dtype, target.dtype)), peak, log_sum, mass
@@ -190,7 +189,7 @@ def _gradients(
         grad = grad.unsqueeze(_classes(x))
     if reduction == "mean":
         grad = grad / peak.numel()
-    dx = (exp(s - peak - log_sum) * mass - pull) * grad
+    dx = ((s - peak - log_sum).exp() * mass - pull) * grad
     if softcap is not None:
         dx = dx * (1.0 - (s / softcap).square())
     dtarget = None

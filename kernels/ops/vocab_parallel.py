@@ -33,7 +33,6 @@ from torch import Tensor
 from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
 from ..exp_sums import finite, peak_and_exp_sum
-from ..special_functions import exp
 from . import checks, process_groups
 from .cross_entropy_pieces import as_rows, reduced, scores
 from .loss_weights import or_zero, own_index
@@ -94,7 +93,7 @@ def gradient(
     """The gradient of logits [N, V], 0 where ignored."""
     ignored = index == IGNORED
     s = scores(x, ignored, softcap)
-    p = exp(s - base[:, None] - log_sum[:, None])
+    p = (s - base[:, None] - log_sum[:, None]).exp()
     own = torch.arange(x.shape[1], device=x.device)
     ds = torch.where(own == index[:, None], p - 1.0, p) * pull[:, None]
     if lift is not None:
