@@ -251,3 +251,27 @@ def test_a_gate_with_dropout_around_it_is_fused_without_it():
 def test_a_module_that_is_no_joint_is_not_reported():
     model = nn.Sequential(nn.Linear(32, 32), nn.PReLU(), nn.PReLU(32), nn.LeakyReLU(0.01), nn.Dropout(0.01), nn.GELU())
     assert len(fuse(model)) == 0
+
+
+class Permuting(nn.LayerNorm):
+    """The norm of images of timm, torchvision and transformers: what it returns is in channels_last."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Keeping(Centred):
+    def forward(self, x):
+        h = x - x.mean(1, keepdim=True)
+        y = h / torch.sqrt(h.pow(2).mean(1, keepdim=True) + self.epsilon)
+        return (y * self.gain[:, None, None] + self.shift[:, None, None]).to(x.dtype)
+
+
+@pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("norm", [Permuting, Keeping])
+def test_a_norm_of_images_returns_the_memory_format_that_it_did(norm, given):
+    module, x = norm(32), torch.randn(2, 32, 5, 7).contiguous(memory_format=given)
+    plain = copy.deepcopy(module)
+    assert operators(fuse(module)) == ["layer_norm_2d"]
+    assert module(x).stride() == plain(x).stride()
+    torch.testing.assert_close(module(x), plain(x))

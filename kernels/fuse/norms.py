@@ -32,7 +32,10 @@ ANY_WIDTH = 48
 
 @dataclass(frozen=True)
 class Norm(Joint):
-    """A row norm: what it centres, scales and adds, by attribute name; ``eps`` is an attribute's name or a number."""
+    """A row norm: what it centres, scales and adds, by attribute name; ``eps`` is an attribute's name or a number.
+
+    ``permutes``: of images, it gives ``torch.channels_last``, whatever comes. Layers behind it work in that format.
+    """
 
     hint: ClassVar[str] = "norm"
     common: ClassVar[bool] = True
@@ -44,6 +47,7 @@ class Norm(Joint):
     promotes: bool
     narrows: bool
     channels_first: bool = False
+    permutes: bool = False
 
     @property
     def operator(self) -> str:  # type: ignore[override]
@@ -75,7 +79,7 @@ class Norm(Joint):
         try:
             return cls._recognised(sample, channels_first=False)
         except Refused:
-            if len(parameters) == 0 or not _takes_images(module):
+            if len(parameters) == 0 or _of_image(module) is None:
                 raise
             return cls._recognised(sample, channels_first=True)
 
@@ -95,7 +99,8 @@ class Norm(Joint):
                     mixes = weight is not None and not channels_first
                     promotes = mixes and _result(module, torch.bfloat16, torch.float32) == torch.float32
                     narrows = mixes and _result(module, torch.float32, torch.bfloat16) == torch.bfloat16
-                    return cls(center, weight, bias, offset, eps, promotes, narrows, channels_first)
+                    permutes = channels_first and _permutes(module)
+                    return cls(center, weight, bias, offset, eps, promotes, narrows, channels_first, permutes)
         return None
 
     def members(self, original: type) -> dict[str, Any]:
@@ -103,7 +108,7 @@ class Norm(Joint):
         own = original.forward  # type: ignore[attr-defined]
         center, weight_name, bias_name, offset = self.center, self.weight, self.bias, self.weight_offset
         eps_name, eps_value = (self.eps, None) if isinstance(self.eps, str) else (None, self.eps)
-        promotes, narrows, channels_first = self.promotes, self.narrows, self.channels_first
+        promotes, narrows, channels_first, permutes = self.promotes, self.narrows, self.channels_first, self.permutes
 
         @functools.wraps(own)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -116,6 +121,8 @@ class Norm(Joint):
             if channels_first:
                 if x.dim() != 4 or weight is None or weight.shape != x.shape[1:2]:
                     return own(self, x)
+                if permutes:
+                    x = x.contiguous(memory_format=torch.channels_last)
                 return layer_norm_2d(x, weight, bias, eps=eps)
             if weight is not None and weight.shape != x.shape[-1:]:
                 return own(self, x)
@@ -176,12 +183,19 @@ def _probe(module: nn.Module, x: Tensor) -> Tensor:
     return y.double()
 
 
-def _takes_images(module: nn.Module) -> bool:
-    width = next(module.parameters()).shape[0]
+def _of_image(module: nn.Module) -> Tensor | None:
+    """What the module makes of an image; None if it does not take any."""
+    image = torch.zeros(1, next(module.parameters()).shape[0], 2, 3, dtype=torch.float64)
     try:
-        return own_forward(module)(module, torch.zeros(1, width, 2, 3).double()).shape == (1, width, 2, 3)
+        y = own_forward(module)(module, image)
     except Exception:
-        return False
+        return None
+    return y if y.shape == image.shape else None
+
+
+def _permutes(module: nn.Module) -> bool:
+    y = _of_image(module)
+    return y is not None and y.is_contiguous(memory_format=torch.channels_last)
 
 
 def _probe_images(module: nn.Module, rows: Tensor) -> Tensor:

@@ -141,6 +141,10 @@ def _gradients(
     return dx.to(x.dtype), dweight, dbias
 
 
+def _small(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
+    return _rows(row_norm.small, x, weight, bias, eps) if channels_last(x) else reference(x, weight, bias, eps=eps)
+
+
 def _rows(run: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     y = run(x.permute(0, 2, 3, 1), None, weight, bias, None, None, eps=eps, weight_offset=0.0, center=True)
     return y.permute(0, 3, 1, 2)
@@ -177,6 +181,7 @@ LAYER_NORM_2D = Op(
     fn=layer_norm_2d,
     reference=reference,
     impls={"triton": _triton, "compile": _compiled},
+    small=_small,
     inputs=_inputs,
     dims={"N": (0, 1, 2, 3), "C": (1, 31, 33, 96, 1024, 1025), "H": (0, 1, 3), "W": (1, 7, 33)},
     # ConvNeXt-T's first and third stages.
