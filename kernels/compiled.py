@@ -127,10 +127,13 @@ def _compile(
     # Detached: Dynamo looks at .grad, which warns where a tensor is not a leaf.
     detached = [None if t is None else t.detach() for t in tensors]
     kind = (exact[0], *map(_described, tensors))
-    if _few(_shapes, kind, exact, MOST_SHAPES):
+    widths = tuple(t.shape[-1] if t is not None and t.dim() > 1 else None for t in tensors)
+    if not _few(_widths, kind, widths, MOST_WIDTHS):
+        widths = ()
+    elif _few(_shapes, (kind, widths), exact, MOST_SHAPES):
         code = _exact_calls[exact] = _compile_exactly(function, detached, options, config)
         return code
-    flexible = functools.partial(_flexible(function, kind, detached, config), *detached, **options)
+    flexible = functools.partial(_flexible(function, kind, widths, config), *detached, **options)
 
     def call(_: list[Tensor]) -> Any:
         if hash(exact) in _ran:
@@ -151,9 +154,10 @@ def _described(t: Tensor | None) -> tuple[Any, ...] | None:
     return None if t is None else (t.dtype, t.device, *(min(stride, 2) for stride in t.stride()))
 
 
-#: Shapes, with strides, that get compiled code of their own, for each kind of call: a training run has few.
+#: Shapes, with strides, that get compiled code of their own, for each kind of call and each width of rows: a training
+#: run has few, and a model of several stages as many at each of them.
 MOST_SHAPES = 2
-#: Widths of rows that do after that; further ones share code for any width.
+#: Widths of rows for which there is such code, and code for any number of rows; further ones share code for any width.
 #: With a constant width softmax of float32 [4096, 1024] took 2.7 ms, with a variable one 3.6 (two cores of an EPYC).
 MOST_WIDTHS = 4
 #: Variants of code for any size, by the boundaries between which its sizes lie.
@@ -220,15 +224,9 @@ def _compile_exactly(
 
 
 def _flexible(
-    function: Callable[..., Any],
-    kind: tuple[Any, ...],
-    tensors: Sequence[Tensor | None],
-    config: dict[str, Any],
+    function: Callable[..., Any], kind: tuple[Any, ...], widths: tuple[int | None, ...], config: dict[str, Any]
 ) -> Any:
-    """Code for any number of rows of these widths, or for any width."""
-    widths = tuple(t.shape[-1] if t is not None and t.dim() > 1 else None for t in tensors)
-    if not _few(_widths, kind, widths, MOST_WIDTHS):
-        widths = ()
+    """Code for any number of rows of these widths, or for any width if there are none."""
     call = _flexible_calls.get((kind, widths))
     if call is None:
         call = _flexible_calls[kind, widths] = _compile_flexibly(function, widths, config)

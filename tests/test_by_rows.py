@@ -41,7 +41,7 @@ CALLS = [
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of rows that are written out, of small calls too."""
-    for name in ("_exact_calls", "_shapes"):
+    for name in ("_exact_calls", "_shapes", "_widths"):
         monkeypatch.setattr(compiled, name, {})
     monkeypatch.setattr(by_rows, "SHORTEST", 1)
     monkeypatch.setattr(by_rows, "LARGE", 0)

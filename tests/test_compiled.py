@@ -60,6 +60,19 @@ def test_the_first_shapes_have_code_of_their_own(monkeypatch: pytest.MonkeyPatch
     assert graphs() == before + 1  # for any number of rows
 
 
+def test_each_stage_of_a_model_has_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "MOST_SHAPES", 1)
+    before = graphs()
+    for rows, width in ((48, 64), (24, 96), (12, 128), (6, 256)):
+        check(rows, width)
+    assert len(compiled._exact_calls) == 4
+    assert graphs() == before
+    for width in (512, 640):
+        check(3, width)
+    assert len(compiled._exact_calls) == 4
+    assert graphs() == before + 1  # for any width
+
+
 def test_code_of_a_shape_is_for_its_surroundings_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "MOST_SHAPES", 2)
     check(48, 64)
