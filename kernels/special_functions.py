@@ -38,7 +38,7 @@ SMALLEST = -86.9
 MILLS_ABOVE = (0.499999974, 0.332680371, 0.103477763, 0.0134157527)
 MILLS_BELOW = (1.0, 1.46324217, 0.874484174, 0.258793634, 0.0336506697)
 LAST = 15.0
-#: tanh(x) / x for x² < SERIES as a polynomial of x², where 1 − 2 / (1 + exp 2x) cancels.
+#: tanh(x) / x for x² < SERIES as a polynomial of x², where 1 − 2 / (1 + exp 2|x|) cancels.
 TANH, SERIES = (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835), 0.0625
 #: What GCC needs to be told about registers of 512 bits, by the only one of torch's settings that reaches its command
 #: line. It copies arrays in halves of them, and number by number where they fill two. And it had better not use the
@@ -90,9 +90,11 @@ def _sigmoid(x: Any) -> Any:
 
 
 def _tanh(x: Any) -> Any:
+    """Of |x|, where 2 / (1 + exp 2|x|) is small, and its rounding too: the gradient needs 1 − tanh²."""
     one, q = _number(1.0), x * x
-    far = one - _number(2.0) / (one + _exp(_number(2.0) * x))
-    return ops.where(q < _number(SERIES), x * _polynomial(_numbers(TANH), q), far)
+    far = one - _number(2.0) / (one + _exp(_number(2.0) * ops.abs(x)))
+    signed = ops.where(x < _number(0.0), -far, far)
+    return ops.where(q < _number(SERIES), x * _polynomial(_numbers(TANH), q), signed)
 
 
 def _gelu(x: Any, *, approximate: str = "none") -> Any:
