@@ -81,7 +81,7 @@ def _exp(x: Any) -> Any:
     n = ops.to_dtype_bitcast(bits, torch.float32, torch.int32) - _number(SHIFT)
     r = x - n * _number(LN_2[0]) - n * _number(LN_2[1])
     half = ops.to_dtype_bitcast(bits << ops.constant(23, torch.int32), torch.float32, torch.int32)
-    return ops.where(x < _number(SMALLEST), _number(0.0), _polynomial(_numbers(EXP), r) * half)
+    return ops.where(x < _number(SMALLEST), _number(0.0), _polynomial(EXP, r) * half)
 
 
 def _sigmoid(x: Any) -> Any:
@@ -94,7 +94,7 @@ def _tanh(x: Any) -> Any:
     one, q = _number(1.0), x * x
     far = one - _number(2.0) / (one + _exp(_number(2.0) * ops.abs(x)))
     signed = ops.where(x < _number(0.0), -far, far)
-    return ops.where(q < _number(SERIES), x * _polynomial(_numbers(TANH), q), signed)
+    return ops.where(q < _number(SERIES), x * _polynomial(TANH, q), signed)
 
 
 def _gelu(x: Any, *, approximate: str = "none") -> Any:
@@ -114,7 +114,7 @@ def _normal(x: Any) -> tuple[Any, Any]:
     """exp(−x²/2) and Φ(x)."""
     e = _exp(x * x * _number(-0.5))
     a = ops.minimum(ops.abs(x), _number(LAST))
-    outside = e * (_polynomial(_numbers(MILLS_ABOVE), a) / _polynomial(_numbers(MILLS_BELOW), a))
+    outside = e * (_polynomial(MILLS_ABOVE, a) / _polynomial(MILLS_BELOW, a))
     return e, ops.where(x < _number(0.0), outside, _number(1.0) - outside)
 
 
@@ -124,16 +124,12 @@ def _gate(x: Any) -> Any:
     return one / (one + _exp(_number(-2 * math.sqrt(2 / math.pi)) * x * (one + _number(0.044715) * x * x)))
 
 
-def _numbers(values: Sequence[float]) -> list[Any]:
-    return [_number(value) for value in values]
-
-
 def _number(value: float) -> Any:
     return ops.constant(value, torch.float32)
 
 
-def _polynomial(coefficients: Sequence[Any], x: Any) -> Any:
-    *others, last = coefficients
+def _polynomial(coefficients: Sequence[float], x: Any) -> Any:
+    *others, last = map(_number, coefficients)
     total = x * last + others.pop()
     while others:
         total = total * x + others.pop()
