@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import os
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,16 +42,16 @@ MILLS_BELOW = (1.0, 1.46324217, 0.874484174, 0.258793634, 0.0336506697)
 LAST = 15.0
 #: tanh(x) / x for x² < SERIES as a polynomial of x², where 1 − 2 / (1 + exp 2|x|) cancels.
 TANH, SERIES = (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835), 0.0625
-#: What GCC needs to be told about registers of 512 bits, by the only one of torch's settings that reaches its command
-#: line. It copies arrays in halves of them, and number by number where they fill two. And it had better not use the
-#: upper sixteen: where these hold something, a fault of a page costs 0.8 µs more, of 4 (two cores of a virtual Xeon),
-#: and results beyond 32 MB come in fresh pages: the gradient of log_softmax, bfloat16 [2048, 50304], took a fifth more.
-WHOLE_REGISTERS = " ".join([
-    "native",
-    "-mprefer-vector-width=512",
-    "--param max-completely-peel-times=32",
-    *(f"-ffixed-xmm{register}" for register in range(16, 32)),
-])  # fmt: skip
+#: What GCC needs to be told about registers, by their bits, so that it copies arrays in whole ones: what is read whole
+#: behind copies of halves waits for all of them. With 256 bits: cross_entropy, bfloat16 [1024, 32000], took 18 ms for
+#: 39 (two cores of an EPYC with AVX2). With 512 it had better not use the upper sixteen, too: where these hold
+#: something, a fault of a page costs 0.8 µs more, of 4 (two cores of a virtual Xeon), and results beyond 32 MB come in
+#: fresh pages: the gradient of log_softmax, bfloat16 [2048, 50304], took a fifth more.
+WHOLE_REGISTERS = {
+    256: "-mmove-max=256 -mstore-max=256",  # from GCC 12 on
+    512: "-mprefer-vector-width=512 --param max-completely-peel-times=32 "
+    + " ".join(f"-ffixed-xmm{register}" for register in range(16, 32)),
+}
 
 #: Changes with this file: the compiler's cache knows of graphs, and not of what their operators are lowered to.
 VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
@@ -60,16 +62,22 @@ _LIBRARY = torch.library.Library(f"{__name__.partition('.')[0]}_cpu", "DEF")
 @functools.cache
 def compiler_options() -> dict[str, Any]:
     """Settings with which the compiler makes quick code of formulas."""
-    wide = cpu_vec_isa.pick_vec_isa().bit_width() == 512
-    return {"cpp.march": WHOLE_REGISTERS} if wide and quick_bits() else {}
+    # The only one of torch's that reaches its command line.
+    return {"cpp.march": f"native {_flags()}"} if quick_bits() else {}
 
 
 @functools.cache
 def quick_bits() -> bool:
     """Whether 2ⁿ is made of its bits in registers: the compiler copies them in arrays, which GCC can do without."""
-    width = cpu_vec_isa.pick_vec_isa().bit_width()
-    can_be_told = getattr(config.cpp, "march", "") is None  # torch 2.11 has no such setting
-    return cpp_builder.is_gcc() and (width == 256 or (width == 512 and can_be_told))
+    flags = _flags().split()
+    if not flags or getattr(config.cpp, "march", "") is not None or not cpp_builder.is_gcc():
+        return False  # torch 2.11 has no such setting
+    empty = [cpp_builder.get_cpp_compiler(), *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(empty, capture_output=True, check=False).returncode == 0
+
+
+def _flags() -> str:
+    return WHOLE_REGISTERS.get(cpu_vec_isa.pick_vec_isa().bit_width(), "")
 
 
 def _exp(x: Any) -> Any:
