@@ -19,8 +19,8 @@ from .compiled import known_shapes
 Factors = tuple[Tensor, ...]
 Tensors = Sequence[Tensor | None]
 
-#: Rows that are written out together.
-TOGETHER = 4
+#: Rows that are written out together: as many as it takes for the sums over them to be fewer bytes than ``FRESH``.
+TOGETHER = (4, 8)
 #: They are where there are as many elements in a row, few enough operands for the processor to fetch ahead of so many
 #: places in memory, and bytes that do not stay in a cache. Backward passes, one loop for two, on two cores of an EPYC
 #: with AVX2 and pages that stay mapped: RMSNorm, float32 [4096, 4096], 16.8 ms for 23.0; scale_add, [12608, 768], 8.6
@@ -29,8 +29,9 @@ TOGETHER = 4
 SHORTEST = 512
 MOST_OPERANDS = 3
 LARGE = 16 * 2**20
-#: And where the sums over four rows take fewer bytes. glibc maps this much and more anew each time, whose pages cost
-#: more than a loop: LayerNorm of [4096, 4096] then took 55 ms for 40 in bfloat16, and 79 for 68 in float32.
+#: glibc maps this much and more anew each time, whose pages cost more than a loop: LayerNorm of [4096, 4096] took 87 ms
+#: with four rows, 67 with eight and 68 with two loops in float32, and 59, 38 and 39 in bfloat16 (on the same machine;
+#: with pages that stay mapped 20, 18 and 25, and 16, 15 and 19).
 FRESH = 32 * 2**20
 #: Rows of this many elements or more are added up eight at a time, shorter ones 32 at a time. A block is read column by
 #: column, and lines of more than eight long rows drive each other out of the cache: bfloat16 [4096, 4096] took 6.0 ms
@@ -61,36 +62,38 @@ def by_rows(
     Returns:
         The former for all rows, and the latter, summed in float32 or wider.
     """
-    if not _together(rows, parameters, 0 if costly else LARGE):
+    together = _together(rows, parameters, 0 if costly else LARGE)
+    if not together:
         results, factors = body(*rows, *parameters)
         return results, [
             column_sum(p, *f) if p is not None and f is not None else None
             for p, f in zip(parameters, factors, strict=True)
         ]
-    blocks = [t if t is None else t.reshape(-1, TOGETHER, t.shape[-1]) for t in rows]
+    blocks = [t if t is None else t.reshape(-1, together, t.shape[-1]) for t in rows]
     shared = [p if p is None else p.flatten() for p in parameters]
-    found = [body(*(t if t is None else t[:, i] for t in blocks), *shared) for i in range(TOGETHER)]
+    found = [body(*(t if t is None else t[:, i] for t in blocks), *shared) for i in range(together)]
     shape = next(t.shape[:-1] for t in rows if t is not None)
     results = [_interleaved(parts, shape) for parts in zip(*(results for results, _ in found), strict=True)]
     return results, _sums_of_blocks(parameters, [factors for _, factors in found])
 
 
-def _together(rows: Tensors, parameters: Tensors, large: int) -> bool:
+def _together(rows: Tensors, parameters: Tensors, large: int) -> int:
+    """How many rows are written out together; 0 if each is on its own."""
     operands = [t for t in rows if t is not None]
     D = max(t.shape[-1] for t in operands)
     count = math.prod(operands[0].shape[:-1])
     shared = [p for p in parameters if p is not None]
-    return (
+    worth_it = (
         known_shapes()
         and len(shared) > 0
         and all(p.numel() == D for p in shared)
         and D >= SHORTEST
         and count > 0
-        and count % TOGETHER == 0
         and sum(t.shape[-1] == D for t in operands) <= MOST_OPERANDS
         and sum(t.nbytes for t in operands) >= large
-        and len(shared) * D * (count // TOGETHER) * 4 < FRESH
     )
+    fitting = (n for n in TOGETHER if count % n == 0 and len(shared) * D * (count // n) * 4 < FRESH)
+    return next(fitting, 0) if worth_it else 0
 
 
 def _interleaved(parts: Tensors, shape: Sequence[int]) -> Tensor | None:

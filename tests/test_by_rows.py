@@ -62,28 +62,39 @@ def test_rows_that_are_written_out_together_are_within_the_error_budget(
 ) -> None:
     dims = {name: DIMS[name] for name in op.dims}
     check_against_reference(Case(op, dims, dtype, variant=variant), "compile")
-    assert set(together) == (set() if variant in IN_TWO_LOOPS else {by_rows.TOGETHER})
+    assert set(together) == (set() if variant in IN_TWO_LOOPS else {by_rows.TOGETHER[0]})
 
 
 @pytest.mark.parametrize(
     ("rows", "width", "dtype", "expected"),
     [
-        (4096, 1024, torch.float32, True),
-        (2048, 1024, torch.float32, True),
-        (2047, 1025, torch.float32, False),  # not in fours
-        (2048, 1024, torch.bfloat16, False),  # fits in a cache
-        (65_536, 128, torch.float32, False),  # short
+        (4096, 1024, torch.float32, 4),
+        (2048, 1024, torch.float32, 4),
+        (2047, 1025, torch.float32, 0),  # not in fours
+        (8192, 4096, torch.bfloat16, 8),  # the sums over fours would be mapped anew each time, ...
+        (8196, 4096, torch.bfloat16, 0),  # ... and these rows do not come in eights
+        (16_384, 4096, torch.bfloat16, 0),
+        (2048, 1024, torch.bfloat16, 0),  # fits in a cache
+        (65_536, 128, torch.float32, 0),  # short
     ],
 )
 def test_long_rows_of_large_operands_are_written_out(
-    rows: int, width: int, dtype: torch.dtype, expected: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, width: int, dtype: torch.dtype, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(by_rows, "known_shapes", lambda: True)
     x, weight = torch.empty(rows, width, dtype=dtype), torch.empty(width, dtype=dtype)
-    assert by_rows._together((x, x, x[:, :1]), (weight,), by_rows.LARGE) is expected
+    assert by_rows._together((x, x, x[:, :1]), (weight,), by_rows.LARGE) == expected
     assert not by_rows._together((x, x, x, x), (weight,), by_rows.LARGE)
-    assert not by_rows._together((x, x), [weight] * 32, by_rows.LARGE)  # sums that are mapped anew each time
     assert not by_rows._together((x, x), (None,), by_rows.LARGE)
+
+
+def test_eight_rows_are_written_out_where_four_leave_too_many_sums(
+    together: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_rows, "FRESH", 2 * 33 * 5 * 4)
+    op = next(op for op in OPS if op.name == "layer_norm")
+    check_against_reference(Case(op, {"N": 32, "D": 33}, torch.float32), "compile")
+    assert set(together) == {8}
 
 
 def test_no_rows(together: list[int]) -> None:

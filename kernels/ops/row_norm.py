@@ -51,37 +51,37 @@ def _forward(
     center: bool,
     threshold: int = 0,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """(y, h, the means of the rows of h or None, their sums of squares about them, their 1/√(…))."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+    """(y, h, the sums of the rows of h or None, those of their squares about the means, the means, their 1/√(…))."""
     h = x
     if residual is not None:
         branch = _branch(x, gate, _mask(seed, x, threshold), scale)
         h = (branch + residual).to(torch.promote_types(x.dtype, residual.dtype))
     n = h.to(torch.promote_types(h.dtype, torch.float32))
-    mean, squares = _moments(n, center)
-    rstd = _rstd(squares, n, eps)
+    total, squares = _sums(n, center)
+    mean, rstd = _statistics(total, squares, n, eps)
     y = (n if mean is None else n - mean) * rstd
     if weight is not None:
         y = y * (weight.to(n.dtype) + weight_offset)
     if bias is not None:
         y = y + bias.to(n.dtype)
-    return y.to(x.dtype), h, mean, squares, rstd
+    return y.to(x.dtype), h, total, squares, mean, rstd
 
 
 def statistics(n: Tensor, *, eps: float, center: bool) -> tuple[Tensor | None, Tensor]:
     """The means of rows of float32 or wider, None if they are not centred, and their 1/√(…)."""
-    mean, squares = _moments(n, center)
-    return mean, _rstd(squares, n, eps)
+    return _statistics(*_sums(n, center), n, eps)
 
 
-def _moments(n: Tensor, center: bool) -> tuple[Tensor | None, Tensor]:
-    mean = n.mean(-1, keepdim=True) if center else None
-    centred = n if mean is None else n - mean
-    return mean, centred.square().sum(-1, keepdim=True)
+def _sums(n: Tensor, center: bool) -> tuple[Tensor | None, Tensor]:
+    total = n.sum(-1, keepdim=True) if center else None
+    centred = n if total is None else n - total / n.shape[-1]
+    return total, centred.square().sum(-1, keepdim=True)
 
 
-def _rstd(squares: Tensor, n: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(squares / n.shape[-1] + eps)
+def _statistics(total: Tensor | None, squares: Tensor, n: Tensor, eps: float) -> tuple[Tensor | None, Tensor]:
+    D = n.shape[-1]
+    return None if total is None else total / D, torch.rsqrt(squares / D + eps)
 
 
 def _mask(seed: Tensor | None, like: Tensor, threshold: int) -> Tensor | None:
@@ -98,29 +98,31 @@ def _branch(x: Tensor, gate: Tensor | None, mask: Tensor | None, scale: float) -
     return u if mask is None else torch.where(mask, u * scale, 0.0)
 
 
+#: The mean of n is a rounding error, which in rows of fewer elements may be all that there is of a gradient (at D = 2
+#: it is), and in others is no more than n itself is off.
+FEW = 32
+
+
 def compiled(*tensors: Tensor | None, **options: Any) -> Any:
     """The plain forms, compiled, of x, residual, weight, bias, gate and seed; with a residual they return (y, h)."""
     return fused(_compiled_forward, _compiled_backward, _second, tensors, options)
 
 
-#: Bytes of rows that a cache is sure to hold until they are read again.
-SMALL = 4 * 2**20
-
-
 def _compiled_forward(x: Tensor, residual: Tensor | None, *others: Tensor | None, **options: Any) -> Any:
     weight, bias, gate, _ = others
-    squares = None
+    total, squares = None, None
     if _atens(x, residual, *others, **options):
         h = x if residual is None else x + residual
         # In float32 it returns statistics in float32.
         w, b = weight if weight is None else weight.float(), bias if bias is None else bias.float()
         y, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], w, b, options["eps"])
-    elif options["center"] or x.dtype.itemsize < 4 or x.nbytes <= SMALL:
-        y, h, mean, rstd = compiled_call(_keeping_rstd, (x, residual, *others), options)
+    elif _large(x, options["center"]):
+        y, h, total, squares = compiled_call(_keeping_sums, (x, residual, *others), options)
+        mean, rstd = None, None
     else:
-        y, h, mean, squares = compiled_call(_keeping_squares, (x, residual, *others), options)
-        rstd = None
-    saved = (x if residual is None else h, weight, bias, mean, rstd, None if gate is None else x, *others[2:], squares)
+        y, h, mean, rstd = compiled_call(_keeping_statistics, (x, residual, *others), options)
+    h = x if residual is None else h
+    saved = (h, weight, bias, mean, rstd, None if gate is None else x, *others[2:], total, squares)
     return (y if residual is None else (y, h)), saved
 
 
@@ -145,28 +147,36 @@ def _atens(x: Tensor, residual: Tensor | None, *others: Tensor | None, center: b
     )
 
 
-def _keeping_rstd(x: Tensor, *others: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(y, h, mean, 1/√(…)): a loop of its own for 1/√(…), after which rows are read once more.
+def _large(x: Tensor, center: bool) -> bool:
+    """Whether to read rows again costs more than to work their statistics out for every few elements.
 
-    On one core of an EPYC, RMSNorm of bfloat16 [2048, 1024] took 0.21 ms for the 0.32 of :func:`_keeping_squares`.
+    On two cores of an EPYC with AVX2, of :func:`_keeping_sums` and :func:`_keeping_statistics`: LayerNorm of float32
+    [4096, 4096] 13.0 and 20.2 ms, bfloat16 10.4 and 12.3, [4096, 1152] 2.7 and 2.6; RMSNorm of float32 [4096, 4096]
+    11.9 and 14.5, bfloat16 6.8 and 6.9, [2048, 1024] 0.77 and 0.62.
     """
-    y, h, mean, _, rstd = _forward(x, *others, **options)
+    if x.dtype.itemsize < 4:
+        return center and x.nbytes > 16 * 2**20
+    return x.nbytes > 4 * 2**20
+
+
+def _keeping_statistics(
+    x: Tensor, *others: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(y, h, mean, 1/√(…)): loops of their own for the statistics, after each of which rows are read once more."""
+    y, h, _, _, mean, rstd = _forward(x, *others, **options)
     return y, h, mean, rstd
 
 
-def _keeping_squares(x: Tensor, *others: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(y, h, mean, squares): rows are read once, but 1/√(…) is worked out for every few elements.
-
-    That is hidden behind reading large float32 rows: of [16384, 4096] it took 120 ms for 126.
-    """
+def _keeping_sums(x: Tensor, *others: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(y, h, sums, squares): rows are read once."""
     return _forward(x, *others, **options)[:4]
 
 
 def _compiled_backward(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
     dy, dh_out = grads if len(grads) == 2 else (*grads, None)
-    *saved, squares = saved
+    *saved, total, squares = saved
     if squares is not None:
-        saved[4] = _rstd(squares, saved[0], options["eps"])
+        saved[3:5] = _statistics(total, squares, saved[0], options["eps"])
     dx, dh, *dshared = compiled_call(gradients, (dy, dh_out, *saved), {"needs": needs[:5], **options})
     return (dh if dx is None else dx), dh, *dshared, None
 
@@ -227,8 +237,10 @@ def _gradients_of_rows(
     mean_gn = (g * n).mean(-1, keepdim=True)
     dh = g - n * mean_gn
     if mean is not None:
-        # The mean of dh. That of n is a rounding error, which is all there is of a gradient at D = 2.
-        dh = dh - (g.mean(-1, keepdim=True) - mean_gn * n.mean(-1, keepdim=True))
+        mean_dh = g.mean(-1, keepdim=True)
+        if n.shape[-1] < FEW:
+            mean_dh = mean_dh - mean_gn * n.mean(-1, keepdim=True)
+        dh = dh - mean_dh
     dh = dh * rstd
     if dh_out is not None:
         dh = dh + dh_out
