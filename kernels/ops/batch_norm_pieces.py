@@ -32,19 +32,18 @@ class Pieces(NamedTuple):
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and the variance, with divisor n, of each channel.
 
-    What a channel is off its mean has a mean, too: the rounding error of the first. A channel of equal values, whose
-    1/√(var + ε) is large, would show it.
+    Of each image first, which is still in a cache when its variance is found, then of all (Chan, Golub, LeVeque, 1979).
+    What is off a mean has a mean, too: the rounding error of the first. A channel of equal values, whose 1/√(var + ε)
+    is large, would show it.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = _channel_mean(wide)
-    off = wide - per_channel(mean, wide)
-    error = _channel_mean(off)
-    return mean + error, _channel_mean(off.square()) - error.square()
-
-
-def _channel_mean(x: Tensor) -> Tensor:
-    """[C]: the mean over each image, then over the batch, which halves a sum's rounding error."""
-    return (x.flatten(2).mean(-1) if x.dim() > 2 else x).mean(0)
+    images = wide.flatten(2) if x.dim() > 2 else wide.t().unsqueeze(0)
+    own = images.mean(-1)
+    off = images - own.unsqueeze(-1)
+    error = off.mean(-1)
+    means, variances = own + error, off.square().mean(-1) - error.square()
+    mean = means.mean(0)
+    return mean, (variances + (means - mean).square()).mean(0)
 
 
 def normalize(
@@ -68,8 +67,10 @@ def _whitened(x: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) ->
     assert mean is not None
     assert var is not None
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    rstd = per_channel(torch.rsqrt(var.to(wide.dtype) + eps), wide)
-    return (wide - per_channel(mean, wide)) * rstd, rstd
+    # Beside each other the compiler writes them to memory; or it would work out 1/√(…) for every few pixels.
+    statistics = torch.stack([mean.to(wide.dtype), torch.rsqrt(var.to(wide.dtype) + eps)])
+    centre, rstd = (per_channel(t, wide) for t in statistics.unbind())
+    return (wide - centre) * rstd, rstd
 
 
 def _shifted(n: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
