@@ -14,6 +14,7 @@ from braze.kernels import (
     GroupNorm,
     GroupNormAct,
     LayerNorm2d,
+    batch_norm_act,
     group_norm,
     layer_norm_2d,
     use_backend,
@@ -105,6 +106,21 @@ def test_equal_pixels_have_nothing_to_scale(backend: str, dtype: torch.dtype, de
     assert dbias.all()
 
 
+@pytest.mark.parametrize("backend", ["compile", *BACKENDS])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_lie_in_memory_as_images_do(backend: str, activation: str | None, device: str) -> None:
+    x = draw((2, 8, 32, 33), torch.channels_last, device)
+    weight, bias = parameters(8, device)
+    with use_backend(backend):
+        for y in (
+            batch_norm_act(x, None, None, weight, bias, training=True, activation=activation),
+            group_norm(x, 4, weight, bias, activation=activation),
+        ):
+            assert y.stride() == x.stride()
+            (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+            assert dx.stride() == x.stride()
+
+
 @each_backend
 def test_norms_ignore_a_scale_of_their_input(backend: str, device: str) -> None:
     """By a power of two, with no eps: to the bit."""
@@ -136,6 +152,17 @@ def test_batch_norm_is_that_of_torch_over_training_and_evaluation(
             torch.testing.assert_close(gradient, its)
         for name, tracked in theirs.state_dict().items():
             torch.testing.assert_close(ours.state_dict()[name], tracked)
+
+
+@pytest.mark.parametrize("backend", ["compile", *BACKENDS])
+def test_the_first_pixels_of_images_may_be_unlike_the_rest(backend: str, device: str) -> None:
+    """And far from 0: the shift that statistics are taken with is theirs."""
+    x = 100 + torch.randn(4, 12, 1600, device=device)
+    x[..., :200] += 1000
+    with use_backend(backend):
+        y = batch_norm_act(x, None, None, training=True)
+    # x is rounded to 6e-5 here, one in 5e6 of a standard deviation.
+    torch.testing.assert_close(y.double(), F.batch_norm(x.double(), None, None, training=True), rtol=0, atol=2e-6)
 
 
 def test_running_statistics_that_are_infinite_stay_so_as_torchs_do(device: str) -> None:

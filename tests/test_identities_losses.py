@@ -182,6 +182,22 @@ def test_losses_of_channels_last_lie_as_their_logits_do(device: str) -> None:
             assert _gradient(y, x).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("backend", ["compile", "triton"])
+def test_cross_entropy_of_many_classes_lies_as_its_logits_do(backend: str, device: str) -> None:
+    """And is that of contiguous ones."""
+    target = torch.randint(0, 33, (2, 9, 11), device=device)
+    target[0, :3] = -100
+    x = _randn(2, 33, 9, 11, device=device).requires_grad_()
+    last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    with use_backend(backend):
+        for reduction in REDUCTIONS:
+            y, wanted = (cross_entropy(t, target, reduction=reduction) for t in (last, x))
+            torch.testing.assert_close(y, wanted)
+            dx = _gradient(y, last)
+            assert dx.stride() == last.stride()
+            torch.testing.assert_close(dx, _gradient(wanted, x))
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_bce_module_loads_what_torch_saved_and_the_reverse(reduction: str, device: str) -> None:
     weights = [2.0 * _probabilities(*shape, device=device) for shape in ((4, 1), (33,))]

@@ -78,7 +78,7 @@ def pulled_back(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:
         s = torch.sigmoid(z)
         return dy * (s * (1.0 + z * (1.0 - s)))
     if name in ("none", "relu"):
-        return dy.masked_fill(z <= 0.0, 0.0) if name == "relu" else dy
+        return torch.where(z <= 0.0, 0.0, dy) if name == "relu" else dy
     (dz,) = torch.func.vjp(lambda z: ACTIVATIONS[name](z, slope), z)[1](dy)
     return dz
 

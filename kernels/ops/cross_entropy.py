@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -191,17 +191,33 @@ def _triton(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) ->
         return vocab_parallel.run("triton", x, target, weight, **options)
     from ..triton import cross_entropy as kernels
 
-    second = vjp(reference)
-    if x.dim() == 2:
-        return fused(kernels.forward, kernels.backward, second, (x, target, weight), options)
-    loss = fused(kernels.forward, kernels.backward, second, (as_rows(x), target.flatten(), weight), options)
-    return loss.view(target.shape) if options["reduction"] == "none" else loss
+    run = functools.partial(fused, kernels.forward, kernels.backward, vjp(reference))
+    return _of_rows(run, x, target, weight, options)
+
+
+#: Classes of images in channels_last, which lie side by side, that are worth a loop of their own for each pixel; its
+#: gradient lies as x does, which that of fewer classes does not. With 150, both ways of [4, 150, 128, 128] took 18.5 ms
+#: for 57.6 in float32 and 23.0 for 66.0 in bfloat16; with 21 6.6 for 10.3 and 8.9 for 12.6, with 16 5.2 for 4.9 and 6.7
+#: for 5.6 (two cores of an EPYC with AVX2).
+ENOUGH = 20
 
 
 def _compiled(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
     if "group" in options:
         return vocab_parallel.run("compile", x, target, weight, **options)
-    return fused(_compiled_forward, _compiled_backward, vjp(reference), (x, target, weight), options)
+    run = functools.partial(fused, _compiled_forward, _compiled_backward, vjp(reference))
+    if x.dim() > 2 and x.stride(1) == 1 and x.shape[1] >= ENOUGH:
+        return _of_rows(run, x, target, weight, options)
+    return run((x, target, weight), options)
+
+
+def _of_rows(
+    run: Callable[..., Tensor], x: Tensor, target: Tensor, weight: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    if x.dim() == 2:
+        return run((x, target, weight), options)
+    loss = run((as_rows(x), target.flatten(), weight), options)
+    return loss.view(target.shape) if options["reduction"] == "none" else loss
 
 
 def _compiled_forward(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Any:

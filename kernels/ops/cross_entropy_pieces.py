@@ -24,7 +24,7 @@ def scores(x: Tensor, ignored: Tensor | None, softcap: float | None) -> Tensor:
     """The capped logits in float32 or wider, 0 where ignored: neither inf nor NaN there reaches a sum."""
     s = x.to(torch.promote_types(x.dtype, torch.float32))
     if ignored is not None:
-        s = s.masked_fill(ignored.unsqueeze(1 if x.dim() > 1 else 0), 0.0)
+        s = torch.where(ignored.unsqueeze(1 if x.dim() > 1 else 0), 0.0, s)
     return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
@@ -132,7 +132,7 @@ def gradient(
         ds = ds * grad
         if softcap is not None:
             ds = ds * (1.0 - (s / softcap).square())
-        return ds.masked_fill(ignored, 0.0).to(x.dtype)
+        return torch.where(ignored, 0.0, ds).to(x.dtype)
 
     weights = 1.0 if weight is None else weight.to(s.dtype).view(-1, *[1] * (x.dim() - classes - 1))
     if not scattered:
