@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,13 +87,14 @@ class Case:
 
     def record(self, which: str, provider: str, **figures: Any) -> Record:
         """A flat record of one measurement."""
+        sizes = " ".join(f"{name}={size}" for name, size in self.dims.items())
         return {
             "benchmark": "ops",
             "op": self.op.name,
             "provider": provider,
             "pass": which,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "shape": " ".join(f"{name}={size}" for name, size in self.dims.items()),
+            "shape": sizes if self.variant == "default" else f"{sizes}, {self.variant}",
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             **figures,
@@ -105,11 +107,14 @@ def device_name(device: torch.device) -> str:
 
 
 def cases(ops: Sequence[Op], dtypes: Sequence[torch.dtype], device: torch.device, *, quick: bool) -> Iterator[Case]:
-    """Every benchmark size of every operator; ``quick``: one size of each, shrunk, in the first dtype."""
+    """Every benchmark size of every operator and its variants; ``quick``: one size of each, shrunk, in one dtype."""
     for op in ops:
-        for dims in [quick_dims(op)] if quick else sorted(op.bench, key=lambda dims: _elements(op, dims)):
-            for dtype in dtypes[:1] if quick else dtypes:
-                yield Case(op, dims, dtype, device)
+        if quick:
+            yield Case(op, quick_dims(op), dtypes[0], device)
+            continue
+        by_size = sorted(op.bench, key=lambda dims: _elements(op, dims))
+        for dims, variant, dtype in itertools.product(by_size, op.bench_variants, dtypes):
+            yield Case(op, dims, dtype, device, variant)
 
 
 def quick_dims(op: Op) -> Dims:

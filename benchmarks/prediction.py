@@ -63,12 +63,12 @@ def bytes_us(moved: float, launches: int, ceilings: Ceilings) -> float:
 
 
 def predicted_us(case: Case, which: str, counted: Counts, ceilings: Ceilings) -> float | None:
-    """Microseconds of one pass; None of an operator that was not audited, or where a ceiling is not known."""
+    """Microseconds of one pass; None of an operator or a variant that was not counted, or without a ceiling."""
     if which == BOTH:
         parts = [predicted_us(case, part, counted, ceilings) for part in (FORWARD, BACKWARD)]
         return None if None in parts else sum(part for part in parts if part is not None)
     found = counted.get((case.op.name, which, str(case.dtype).removeprefix("torch.")))
-    if found is None or ceilings.launch_us is None:
+    if found is None or case.variant != "default" or ceilings.launch_us is None:
         return None
     forward, both = case.matmul_flops(FORWARD) or 0, case.matmul_flops(BOTH) or 0
     flops = forward if which == FORWARD else both - forward

@@ -176,6 +176,8 @@ class Op:
     traced: Callable[..., Any] | None = None
     #: Named option sets for ``inputs``: one for each branch of the kernels worth its own test.
     variants: Mapping[str, Options] = field(default_factory=lambda: {"default": {}})
+    #: Those that are timed at the benchmark sizes.
+    bench_variants: Sequence[str] = ("default",)
     #: Whether the ATen counterpart draws random numbers of its own, so that its results cannot be judged.
     random: bool = False
     #: The module classes that wrap ``fn``.

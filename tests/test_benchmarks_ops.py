@@ -224,6 +224,17 @@ def test_quick_sizes_are_small_and_tiny_ones_legal() -> None:
             function(*tiny.args, **tiny.kwargs)
 
 
+def test_image_norms_are_timed_in_both_memory_formats() -> None:
+    norms = [op for op in OPS if op.name in ("batch_norm_act", "group_norm")]
+    found = list(ops_case.cases(norms, (torch.float32,), torch.device("cpu"), quick=False))
+    assert len(found) == 2 * sum(len(op.bench) for op in norms)
+    for one in found:
+        x = one.call().args[0]
+        last = one.variant == "channels last"
+        assert (x.stride(1) == 1) == last
+        assert one.record("forward", "aten")["shape"].endswith(", channels last") == last
+
+
 def test_quick_run_of_one_operator(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """End to end: real clocks, real torch.compile, tiny sizes; the ceilings alone are not measured."""
     monkeypatch.setattr(ops, "OPS", (dataclasses.replace(RMS_NORM, bench=(TINY,)),))

@@ -379,5 +379,6 @@ BATCH_NORM_ACT = Op(
         "evaluation": {"activation": "relu6", "residual": True},
         "evaluation, no affine": {"affine": False},
     },
+    bench_variants=("default", "channels last"),
     modules=(BatchNormAct2d,),
 )

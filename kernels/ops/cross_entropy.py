@@ -199,14 +199,14 @@ def _triton(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) ->
 #: gradient lies as x does, which that of fewer classes does not. With 150, both ways of [4, 150, 128, 128] took 18.5 ms
 #: for 57.6 in float32 and 23.0 for 66.0 in bfloat16; with 21 6.6 for 10.3 and 8.9 for 12.6, with 16 5.2 for 4.9 and 6.7
 #: for 5.6 (two cores of an EPYC with AVX2).
-ENOUGH = 20
+MANY_CLASSES = 20
 
 
 def _compiled(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
     if "group" in options:
         return vocab_parallel.run("compile", x, target, weight, **options)
     run = functools.partial(fused, _compiled_forward, _compiled_backward, vjp(reference))
-    if x.dim() > 2 and x.stride(1) == 1 and x.shape[1] >= ENOUGH:
+    if x.dim() > 2 and x.stride(1) == 1 and x.shape[1] >= MANY_CLASSES:
         return _of_rows(run, x, target, weight, options)
     return run((x, target, weight), options)
 

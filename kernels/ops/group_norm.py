@@ -319,6 +319,7 @@ GROUP_NORM = Op(
         "one group": {"groups": 1, "activation": "leaky_relu", "negative_slope": 0.2},
         "channels last": {"channels_last": True, "activation": "hardswish"},
     },
+    bench_variants=("default", "channels last"),
     modules=(GroupNorm, GroupNormAct),
     autocast_to_float32=frozenset({"cuda"}),
 )
