@@ -90,7 +90,7 @@ def per_channel(parameter: Tensor, x: Tensor) -> Tensor:
 
 def channels_last(x: Tensor) -> bool:
     """Whether the channels of a pixel lie side by side in memory, as in ``torch.channels_last``."""
-    return x.stride(1) == 1 and x.dim() > 2
+    return x.dim() > 2 and x.stride(1) == 1
 
 
 def dense(x: Tensor) -> Tensor:

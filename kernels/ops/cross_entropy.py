@@ -27,6 +27,7 @@ from ..autograd import Gradients, fused, vjp
 from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Excess, Op, Traffic
 from . import checks, process_groups, vocab_parallel
+from .channel_norm import channels_last
 from .cross_entropy_pieces import as_rows, gradient, loss_and_statistics, loss_of, scores
 from .loss_weights import divisor
 from .soft_target_cross_entropy import soft_target_cross_entropy
@@ -206,7 +207,7 @@ def _compiled(x: Tensor, target: Tensor, weight: Tensor | None, **options: Any) 
     if "group" in options:
         return vocab_parallel.run("compile", x, target, weight, **options)
     run = functools.partial(fused, _compiled_forward, _compiled_backward, vjp(reference))
-    if x.dim() > 2 and x.stride(1) == 1 and x.shape[1] >= MANY_CLASSES:
+    if channels_last(x) and x.shape[1] >= MANY_CLASSES:
         return _of_rows(run, x, target, weight, options)
     return run((x, target, weight), options)
 
