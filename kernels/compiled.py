@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, _guards
 
 from . import long_sums
 from .autograd import Gradients, fused, vjp
@@ -204,7 +204,9 @@ def _compile_exactly(
     which have nothing to do here.
     """
     from torch._inductor.compile_fx import compile_fx_inner
+    from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx  # here: it imports Triton
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     several = False
 
@@ -216,9 +218,11 @@ def _compile_exactly(
         return found if several else (found,)
 
     present = [t for t in tensors if t is not None]
-    graph = make_fx(outputs, tracing_mode="fake", decomposition_table=_decompositions(present))(*present)
-    with _settings(config):
-        built: Any = compile_fx_inner(graph, present, is_inference=True)
+    # The compiler looks for code on disk, and keeps it there, only where it is told of symbols, though there are none.
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    with _guards.tracing(_guards.TracingContext(mode)), _settings(config):
+        graph = make_fx(outputs, tracing_mode="fake", decomposition_table=_decompositions(present))(*present)
+        built: Any = compile_fx_inner(graph, [mode.from_tensor(t) for t in present], is_inference=True)
     code = built.current_callable
     return code if several else lambda present: code(present)[0]
 
@@ -253,18 +257,29 @@ def _backend(config: dict[str, Any], graph: Any, inputs: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
     with _settings(config):
-        return compile_fx(graph, inputs, decompositions=_decompositions(inputs))
+        return compile_fx(graph, inputs, _kept_on_disk, decompositions=_decompositions(inputs))
+
+
+def _kept_on_disk(graph: Any, inputs: Any, **options: Any) -> Any:
+    """The compiler's inner step, without the table of decompositions, which the name of a file cannot be made of."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    options.pop("get_decomp_fn", None)
+    return compile_fx_inner(graph, inputs, **options)
 
 
 @contextmanager
 def _settings(config: dict[str, Any]) -> Iterator[None]:
-    """The compiler's, for code of ours; what it kept from other formulas of the special functions is not found."""
+    """The compiler's, for code of ours; what it kept of other formulas, or for another processor, is not found."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
     from . import special_functions  # here: it imports Triton
 
     key: Any = torch.compiler.config  # what it inherits is not in its type
+    made_for = f"{special_functions.VERSION} {pick_vec_isa()} {torch.get_num_threads()}"
     with (
         torch._inductor.config.patch({**config, **special_functions.compiler_options()}),
-        key.patch(cache_key_tag=key.cache_key_tag + special_functions.VERSION),
+        key.patch(cache_key_tag=key.cache_key_tag + made_for),
     ):
         yield
 

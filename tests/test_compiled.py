@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from braze.kernels.exp_sums import peak_and_exp_sum
 from braze.kernels.ops import binary_losses
 
 from . import budget
-from .contract import poisoned_allocations
+from .poison import poisoned_allocations
 
 SPECIAL: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -82,6 +86,27 @@ def test_code_of_a_shape_is_for_its_surroundings_too(monkeypatch: pytest.MonkeyP
     with torch.autocast("cpu", torch.bfloat16):
         check(48, 64)
     assert len(compiled._exact_calls) == 4
+
+
+CALLS = """
+import torch
+from torch._dynamo.utils import counters
+from braze.kernels import compiled, rms_norm, use_backend
+
+compiled.MOST_SHAPES = 1
+with use_backend("compile"), torch.no_grad():
+    for rows in (48, 33):
+        rms_norm(torch.randn(rows, 64))
+print(*(counters["inductor"][f"fxgraph_cache_{event}"] for event in ("miss", "hit", "bypass")))
+"""
+
+
+def test_another_process_finds_the_code_on_disk(tmp_path: Path) -> None:
+    """That of one shape, and that of any; not what was made for another number of threads."""
+    for threads, found in (("1", "2 0 0"), ("1", "0 2 0"), ("2", "2 0 0")):
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": threads}
+        run = subprocess.run([sys.executable, "-c", CALLS], env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == found
 
 
 def test_another_number_of_rows_runs_the_same_code() -> None:
