@@ -15,6 +15,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from . import poison
+
 hypothesis.settings.register_profile("default", max_examples=15, derandomize=True, deadline=None, database=None)
 # A thousand for each operator and implementation: the Triton kernels are drawn for in four parts, one for each dtype.
 hypothesis.settings.register_profile("deep", max_examples=250, deadline=None, print_blob=True)
@@ -25,6 +27,8 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
     from . import interpreter
 
     interpreter.as_on_a_gpu()
+
+poison.poison_compiled_code()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

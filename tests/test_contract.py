@@ -13,6 +13,7 @@ import torch
 
 import braze.kernels.triton
 from braze.kernels import OPS
+from braze.kernels.compiled import compiled_call
 
 from .audit_meter import copy
 from .contract import Case, check_against_reference
@@ -263,6 +264,13 @@ def _survives(op: str, variant: str) -> bool:
 def test_a_broken_kernel_fails_the_contract(mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(braze.kernels.triton, mutant.kernels, _broken(mutant, tmp_path))
     assert not _survives(mutant.op, mutant.variant), f"{mutant.after!r} went unnoticed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_an_element_that_compiled_code_leaves_out_shows(dtype: torch.dtype) -> None:
+    (left_out,) = compiled_call(lambda x: (torch.empty_like(x, dtype=dtype),), (torch.zeros(40, 1000),), {})
+    largest = True if dtype == torch.bool else torch.iinfo(dtype).max if not dtype.is_floating_point else None
+    assert (left_out.isnan() if largest is None else left_out == largest).all()
 
 
 @pytest.mark.parametrize(("op", "variant"), sorted({(m.op, m.variant) for m in MUTANTS.values()}))
