@@ -44,7 +44,7 @@ class Effort(NamedTuple):
     compile_tiny: bool = True
 
 
-QUICK = Effort(rounds=10, cold_rounds=2, host_rounds=3, compile_tiny=False)
+QUICK = Effort(rounds=10, cold_rounds=2, host_rounds=3, longest=1.0, compile_tiny=False)
 
 
 class Contestant(NamedTuple):
