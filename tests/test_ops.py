@@ -22,6 +22,7 @@ from .contract import (
     check_result_dtype,
     check_second_order,
 )
+from .poison import poisoned_allocations
 
 every_op = pytest.mark.parametrize("op", OPS, ids=str)
 every_differentiable_op = pytest.mark.parametrize("op", [op for op in OPS if op.differentiable], ids=str)
@@ -106,6 +107,12 @@ def test_compiled_is_within_the_error_budget_at_any_size(op: Op, dtype: torch.dt
 @every_variant
 def test_compiled_is_within_the_error_budget(op: Op, variant: str, device: str) -> None:
     check_against_reference(example(op, variant, device=device), "compile")
+
+
+@every_op
+def test_compiled_code_of_the_deterministic_mode_is_within_the_error_budget(op: Op, device: str) -> None:
+    with poisoned_allocations():
+        check_against_reference(example(op, device=device), "compile")
 
 
 @every_op
