@@ -113,6 +113,26 @@ def test_drop_path_drops_whole_samples(backend: str, shape: tuple[int, ...], sca
     assert abs(int((y[:, 0] == 0).sum()) - 32) < 16
 
 
+@pytest.mark.parametrize("backend", ["compile", "triton"])
+@pytest.mark.parametrize("size", [(5, 7), (2, 5, 7)], ids=["2-D", "3-D"])
+def test_drop_path_of_channels_last_lies_as_its_images_do(backend: str, size: tuple[int, ...], device: str) -> None:
+    """And is that of contiguous ones."""
+    memory_format = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+    x, residual, dy = (drawn(8, 33, *size, device=device, seed=seed).detach() for seed in range(3))
+    seed = torch.tensor(3, device=device)
+
+    def run(**layout: torch.memory_format) -> tuple[Tensor, ...]:
+        images = [t.contiguous(**layout) for t in (x, residual, dy)]
+        leaves = [t.requires_grad_() for t in images[:2]]
+        y = scale_add(*leaves, drop_path=0.5, seed=seed)
+        found = y, *torch.autograd.grad(y, leaves, images[2])
+        assert all(t.is_contiguous(**layout) for t in found)
+        return found
+
+    with use_backend(backend):
+        torch.testing.assert_close(run(memory_format=memory_format), run(), rtol=0, atol=0)
+
+
 @every_backend
 def test_a_dropped_sample_contributes_nothing_whatever_it_holds(backend: str, device: str) -> None:
     x, residual, scale = drawn(8, 5, 33, device=device), drawn(8, 5, 33, device=device), drawn(33, device=device)

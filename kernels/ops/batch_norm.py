@@ -10,7 +10,7 @@ block of a ResNet (He et al., 2016).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,7 +123,7 @@ def batch_norm_act(
     if group is not None:
         process_groups.check_group("batch_norm_act", x, group)
     shared = group is not None and group.size() > 1
-    elements = x[:, :1].numel()
+    elements = x.shape[0] * x.shape[2:].numel()
     if elements == 1 and not shared:
         raise ValueError(
             f"batch_norm_act: training needs more than one element of each channel, got {tuple(x.shape)}; "
@@ -136,14 +136,16 @@ def batch_norm_act(
         (elements,) = count
     if shared or elements:
         with torch.no_grad():
-            _move(running_mean, mean, momentum)
-            _move(running_var, var * (elements / (elements - 1)), momentum)
+            _move((running_mean, running_var), (mean, var * (elements / (elements - 1))), momentum)
     return y
 
 
-def _move(running: Tensor | None, batch: Tensor, momentum: float) -> None:
-    if running is not None:
-        running.mul_(1.0 - momentum).add_(batch.to(running.dtype), alpha=momentum)  # not lerp_: ∞ would become NaN
+def _move(running: Sequence[Tensor | None], batch: Sequence[Tensor], momentum: float) -> None:
+    tracked = [(own, found.to(own.dtype)) for own, found in zip(running, batch, strict=True) if own is not None]
+    if tracked:
+        to, found = zip(*tracked, strict=True)
+        torch._foreach_mul_(to, 1.0 - momentum)  # not lerp: ∞ would become NaN
+        torch._foreach_add_(to, found, alpha=momentum)
 
 
 class BatchNormAct2d(torch.nn.BatchNorm2d):

@@ -87,11 +87,10 @@ def _backward(
 
 def forward(x, residual, scale, seed, *, threshold: int, keep_scale: float):
     """Return y, and what the backward pass needs: x for γ's gradient, the dtype of residual, γ and the seed."""
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y, order = _like(x, scale, x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
     if x.numel():
-        x_rows, R = _rows(x, scale)
-        residual_rows = None if residual is None else _rows(residual, scale)[0]
+        x_rows, R = _rows(x.permute(order), scale)
+        residual_rows = None if residual is None else _rows(residual.permute(order), scale)[0]
         residual_stride = 0 if residual_rows is None else residual_rows.stride(0)
         N, D = x_rows.shape
         operands = (x_rows, residual_rows, scale, seed)
@@ -108,9 +107,9 @@ def backward(grads, saved, needs, *, threshold: int, keep_scale: float):
     """Return the gradients of x, residual and γ."""
     x, residual, scale, seed = saved
     dy = grads[0]
-    dy_rows, R = _rows(dy, scale)
+    dx, order = _like(dy, scale, x.dtype) if needs[0] else (None, list(range(dy.dim())))
+    dy_rows, R = _rows(dy.permute(order), scale)
     N, D = dy_rows.shape
-    dx = torch.empty(dy.shape, dtype=x.dtype, device=dy.device) if needs[0] else None
     grid, meta = column_tiles(_backward, (dy_rows, scale, seed, dx), N, D, read=1 if scale is None else 2)
     partial = torch.empty(grid[1], D, dtype=torch.float32, device=dy.device) if needs[2] else None
     x_rows = rows(x) if needs[2] else None
@@ -122,6 +121,18 @@ def backward(grads, saved, needs, *, threshold: int, keep_scale: float):
         )  # fmt: skip
     dscale = None if partial is None else column_sum(partial, scale.dtype)
     return dx, None if residual is None else dy.to(residual.dtype), dscale, None
+
+
+def _like(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+    """An empty tensor that lies as x does, if samples are one behind the other and nothing is per channel; its order.
+
+    The order of its dims, the outermost in memory first.
+    """
+    if scale is None and x.dim() > 1:
+        order = [0, *sorted(range(1, x.dim()), key=x.stride().__getitem__, reverse=True)]
+        if x.permute(order).is_contiguous():
+            return torch.empty_like(x, dtype=dtype), order
+    return torch.empty(x.shape, dtype=dtype, device=x.device), list(range(x.dim()))
 
 
 def _rows(x: Tensor, scale: Tensor | None) -> tuple[Tensor, int]:
