@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from braze.kernels import use_backend
 from braze.kernels.op import Call, Op
 
-#: Operands in float64 that the truth holds at once, forward and backward, in units of the forward pass's own.
+#: Operands in float64 that the truth holds at once, in units of what the pass that moves less moves.
 TRUTH_COPIES = 6
 RESCALED = (1.0, 0.9, 1.1, 1.3)
 

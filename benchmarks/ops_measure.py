@@ -95,7 +95,9 @@ def measure(
 
 def no_room(case: Case) -> str | None:
     """Why the truth about a case cannot be known here."""
-    needed, free = TRUTH_COPIES * case.least_bytes(FORWARD, itemsize=8), memory.available(case.device)
+    # Of a loss that finds its gradients forward, that pass moves the logits several times.
+    least = min(case.least_bytes(which, itemsize=8) for which in case.passes())
+    needed, free = TRUTH_COPIES * least, memory.available(case.device)
     if needed > free:
         return f"skipped: the float64 truth needs about {needed / 1e9:.0f} GB, there are {free / 1e9:.0f}"
     return None
