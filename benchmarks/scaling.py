@@ -27,9 +27,10 @@ from braze.kernels import OPS
 from braze.kernels.op import Dims
 
 from . import ceilings, memory, scaling_report, tables, timing
-from .accuracy import TRUTH_COPIES, Judge, cotangents_for, leaves, tensors
+from .accuracy import Judge, cotangents_for, leaves, tensors
 from .ceilings import Ceilings
 from .ops_case import BOTH, Case
+from .ops_measure import no_room
 from .providers import ATEN, BASELINE, COMPILED, Absent, Provider, providers
 from .records import Record
 
@@ -197,7 +198,7 @@ def measure(
 
 def judge(case: Case, contestants: Mapping[str, Provider | Absent]) -> dict[str, str] | None:
     """What is wrong with whom; None where the truth does not fit into memory."""
-    if TRUTH_COPIES * case.least_bytes(BOTH, itemsize=8) > memory.available(case.device):
+    if no_room(case):
         return None
     truth = Judge(case.op, case.call())
     there = {name: one.function for name, one in contestants.items() if isinstance(one, Provider)}

@@ -179,6 +179,20 @@ def test_a_truth_that_does_not_fit_is_skipped_visibly(monkeypatch: pytest.Monkey
     ops_table.show(list(found.values()))
 
 
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_distillation"])
+def test_a_loss_that_finds_its_gradients_forward_has_room_for_its_truth(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits, the weight, and the gradients of both: what a machine of 24 GB offers, half of it, is enough."""
+    op = next(op for op in OPS if op.name == name)
+    one = ops_case.Case(op, op.bench[0], torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(memory, "available", lambda _: 12 * 10**9)
+    assert ops_measure.no_room(one) is None
+    held = 8 * 2 * (one.dims["N"] + one.dims["D"]) * one.dims["C"]
+    monkeypatch.setattr(memory, "available", lambda _: held)
+    assert ops_measure.no_room(one) is not None
+
+
 def test_products_that_take_minutes_are_skipped_visibly() -> None:
     mlp = next(op for op in OPS if op.name == "mlp")
     one = ops_case.Case(mlp, mlp.bench[0], torch.bfloat16, torch.device("cpu"))

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import log1p
-from .launch import elementwise_tiles, launch, multiprocessors
+from .launch import elementwise_tiles, launch, memory_order, multiprocessors
 
 
 @triton.jit
@@ -210,7 +210,7 @@ class _View(NamedTuple):
 
 
 def _view(x: Tensor, target: Tensor, *weights: Tensor | None) -> _View:
-    order = sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
+    order = memory_order(x)
     dense = x.permute(order).is_contiguous()
     if not dense:
         order = list(range(x.dim()))

@@ -26,6 +26,11 @@ def rows(x: Tensor) -> Tensor:
     return x.contiguous().view(N, D)
 
 
+def memory_order(x: Tensor) -> list[int]:
+    """The dims of x, the outermost in memory first."""
+    return sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
+
+
 def contiguous(x: Tensor | None) -> Tensor | None:
     """x, copied only if it is not contiguous."""
     return x if x is None else x.contiguous()

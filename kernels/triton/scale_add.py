@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import kept
-from .launch import column_sum, column_tiles, contiguous, launch, rows
+from .launch import column_sum, column_tiles, contiguous, launch, memory_order, rows
 
 
 @triton.jit
@@ -128,10 +128,9 @@ def _like(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, 
 
     The order of its dims, the outermost in memory first.
     """
-    if scale is None and x.dim() > 1:
-        order = [0, *sorted(range(1, x.dim()), key=x.stride().__getitem__, reverse=True)]
-        if x.permute(order).is_contiguous():
-            return torch.empty_like(x, dtype=dtype), order
+    order = memory_order(x)
+    if scale is None and order[:1] == [0] and x.permute(order).is_contiguous():
+        return torch.empty_like(x, dtype=dtype), order
     return torch.empty(x.shape, dtype=dtype, device=x.device), list(range(x.dim()))
 
 
