@@ -10,9 +10,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 
 from braze.kernels import OPS, use_backend
+from braze.kernels.dispatch import SMALLEST_COMPILED
 from braze.kernels.op import LAYOUTS, REGIMES, Draw, Op
 
 from .contract import (
@@ -127,6 +128,18 @@ def test_the_default_is_within_the_error_budget(
     dtype, weight_dtype = dtypes
     layouts = {"layout": layout, "cotangent_layout": "strided"}
     check_against_reference(example(op, dtype=dtype, weight_dtype=weight_dtype, device=device, **layouts), None)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.small], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_form_for_small_tensors_is_within_the_error_budget(op: Op, dtype: torch.dtype) -> None:
+    @given(case=cases(op, (dtype, None), "cpu"))
+    def check(case: Case) -> None:
+        tensors = [t for t in torch.utils._pytree.tree_leaves(case.call()) if isinstance(t, torch.Tensor)]
+        assume(max(t.numel() for t in tensors) < SMALLEST_COMPILED)
+        check_against_reference(case, None)
+
+    check()
 
 
 @every_differentiable_op

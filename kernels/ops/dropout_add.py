@@ -23,11 +23,11 @@ from ..by_rows import column_sum
 from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks
-from .dropout import constants, kept, new_seed
+from .dropout import constants, kept, new_seed, small
 
 
 def reference(
-    x: Tensor, residual: Tensor, bias: Tensor | None, seed: Tensor | None, *, threshold: int, scale: float
+    x: Tensor, residual: Tensor, bias: Tensor | None, seed: Tensor | int | None, *, threshold: int, scale: float
 ) -> Tensor:
     """The sum in plain PyTorch: float32 (or wider) inside, one rounding. No seed is no dropout."""
     narrow = torch.promote_types(x.dtype, residual.dtype)
@@ -37,7 +37,7 @@ def reference(
     return (residual.to(h.dtype) + _dropped(h, seed, threshold, scale)).to(narrow)
 
 
-def _dropped(h: Tensor, seed: Tensor | None, threshold: int, scale: float) -> Tensor:
+def _dropped(h: Tensor, seed: Tensor | int | None, threshold: int, scale: float) -> Tensor:
     return h if seed is None else torch.where(kept(seed, h.shape, threshold), h * scale, 0.0)
 
 
@@ -172,6 +172,7 @@ DROPOUT_ADD = Op(
     fn=dropout_add,
     reference=reference,
     impls={"triton": _triton, "compile": _compiled},
+    small=small(reference),
     inputs=_inputs,
     dims={"N": (0, 1, 2, 33, 129), "D": (0, 1, 31, 32, 33, 127, 256, 257, 1025)},
     # BERT-base (batch 8) and GPT-2 XL.

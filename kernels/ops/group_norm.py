@@ -159,12 +159,25 @@ def _triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: An
     return fused(kernels.forward, kernels.backward, vjp(reference), (x, weight, bias), options)
 
 
+def _small(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Tensor:
+    # ATen adds the gradients of the parameters up pixel by pixel where those lie apart, which is over the error budget.
+    if _single(x, **options) or not x.is_contiguous():
+        return reference(x, weight, bias, **options)
+    return _widened(x, weight, bias, **options)[0]
+
+
 def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Tensor:
-    if x.numel() <= x.shape[0] * options["num_groups"]:
-        # ATen's operator refuses images without pixels; and x·scale + shift, its form for the only element of a group,
-        # which should be the bias, is off by a rounding of x/√ε.
+    if _single(x, **options):
         return reference(x, weight, bias, **options)
     return fused(_compiled_forward, _compiled_backward, vjp(reference), (x, weight, bias), options)
+
+
+def _single(x: Tensor, *, num_groups: int, **_: Any) -> bool:
+    """Whether groups have an element at the most, which is not for ATen's operator.
+
+    It refuses images without pixels; and x·scale + shift, which should be the bias, is off by a rounding of x/√ε.
+    """
+    return x.numel() <= x.shape[0] * num_groups
 
 
 def _compiled_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
@@ -301,6 +314,7 @@ GROUP_NORM = Op(
     fn=group_norm,
     reference=reference,
     impls={"triton": _triton, "compile": _compiled},
+    small=_small,
     inputs=_inputs,
     dims={"N": (0, 1, 2, 3), "G": (1, 3), "K": (1, 2, 5, 33), "S": (0, 1, 7, 33, 129, 1025, 2500, 16_385)},
     # Stable Diffusion's U-Net: its first and third stages.

@@ -142,7 +142,8 @@ def _gradients(
 
 
 def _small(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
-    return _rows(row_norm.small, x, weight, bias, eps) if channels_last(x) else reference(x, weight, bias, eps=eps)
+    y = _rows(row_norm.small, x, weight, bias, eps)
+    return y if channels_last(x) else y.contiguous()
 
 
 def _rows(run: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -44,7 +44,7 @@ def _forward(
     weight: Tensor | None,
     bias: Tensor | None,
     gate: Tensor | None,
-    seed: Tensor | None,
+    seed: Tensor | int | None,
     *,
     eps: float,
     weight_offset: float,
@@ -84,7 +84,7 @@ def _statistics(total: Tensor | None, squares: Tensor, n: Tensor, eps: float) ->
     return None if total is None else total / D, torch.rsqrt(squares / D + eps)
 
 
-def _mask(seed: Tensor | None, like: Tensor, threshold: int) -> Tensor | None:
+def _mask(seed: Tensor | int | None, like: Tensor, threshold: int) -> Tensor | None:
     return None if seed is None else dropout.kept(seed, like.shape, threshold)
 
 
@@ -276,12 +276,16 @@ def _second(grads: Any, saved: Any, needs: Any, **options: Any) -> Gradients:
 
 def small(x: Tensor, residual: Tensor | None, *others: Tensor | None, **options: Any) -> Any:
     """The plain forms by ATen's norms, which keep the host busy for less than half the time, in float32 as accurate."""
-    weight, bias, gate, _ = others
-    # A seed is of integers. The gradient of a row of one number is 0, which is not what ATen's LayerNorm finds, ...
-    if x.shape[-1] == 1 or any(t is not None and t.dtype != torch.float32 for t in (x, residual, *others)):
-        y, h, *_ = _forward(x, residual, *others, **options)
+    weight, bias, gate, seed = others
+    number = None if seed is None else int(seed)
+    # The gradient of a row of one number is 0, which is not what ATen's LayerNorm finds, ...
+    if x.shape[-1] == 1 or any(t is not None and t.dtype != torch.float32 for t in (x, residual, weight, bias, gate)):
+        y, h, *_ = _forward(x, residual, weight, bias, gate, number, **options)
     else:
-        h = x if residual is None else _branch(x, gate, None, 1.0) + residual
+        h = x
+        if residual is not None:
+            mask = _mask(number, x, options.get("threshold", 0))
+            h = _branch(x, gate, mask, options.get("scale", 1.0)) + residual
         # ... nor is that of its weight for rows of equal numbers: so without parameters.
         y = (F.layer_norm if options["center"] else F.rms_norm)(h, h.shape[-1:], eps=options["eps"])
         if weight is not None:

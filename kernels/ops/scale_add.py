@@ -23,11 +23,17 @@ from ..by_rows import Factors, by_rows
 from ..compiled import compiled_call
 from ..op import Call, Draw, ErrorInput, Op, Traffic
 from . import checks
-from .dropout import constants, kept, new_seed
+from .dropout import constants, kept, new_seed, small
 
 
 def reference(
-    x: Tensor, residual: Tensor | None, scale: Tensor | None, seed: Tensor | None, *, threshold: int, keep_scale: float
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    seed: Tensor | int | None,
+    *,
+    threshold: int,
+    keep_scale: float,
 ) -> Tensor:
     """The sum in plain PyTorch: float32 (or wider) inside, one rounding. No seed is no dropped sample."""
     narrow = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -39,7 +45,7 @@ def reference(
     return h.to(narrow)
 
 
-def _dropped(x: Tensor, seed: Tensor | None, threshold: int, keep_scale: float) -> Tensor:
+def _dropped(x: Tensor, seed: Tensor | int | None, threshold: int, keep_scale: float) -> Tensor:
     """x, its dropped samples replaced by 0: whatever they held, NaN too, is not read."""
     if seed is None:
         return x
@@ -275,6 +281,7 @@ SCALE_ADD = Op(
     fn=scale_add,
     reference=reference,
     impls={"triton": _triton, "compile": _compiled},
+    small=small(reference),
     inputs=_inputs,
     dims={"B": (0, 1, 2, 9), "T": (1, 2, 33), "D": (0, 1, 31, 32, 33, 127, 256, 257, 1025)},
     # ViT-B and ViT-L at 224 pixels.
