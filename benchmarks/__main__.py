@@ -28,6 +28,7 @@ COMMANDS = {
     "rounding": "train a language model in bfloat16 alone, by how parameters are rounded, against float32",
     "packing": "train a language model on packed and on padded batches of the same documents",
     "audit": "which torchvision and timm models keep channels_last, which lose it, and where",
+    "freed_memory": "time training steps and inference of whole models with and without keep_freed_memory",
     "channels_last": "time a training step of convolutional models, channels_last against contiguous",
     "models": "time a training step and inference of whole models: vanilla, compiled, Liger-Kernel, braze, Lightning",
     "scaling": "how time and memory grow with rows, row length, vocabulary, sequence and width, against the roofline",
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] not in COMMANDS:
-        listing = "\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())
+        listing = "\n".join(f"  {name:14}{what}" for name, what in COMMANDS.items())
         chooser = argparse.ArgumentParser(
             PROGRAM,
             description=f"Every measurement, from one place.\n\ncommands:\n{listing}",

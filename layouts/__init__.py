@@ -7,6 +7,7 @@ from .audit import audit as audit
 from .bin_packing import first_fit_decreasing as first_fit_decreasing
 from .flat import FlatParameters as FlatParameters
 from .flat import flatten_parameters as flatten_parameters
+from .freed_memory import keep_freed_memory as keep_freed_memory
 from .memory_format import FormatRecord as FormatRecord
 from .memory_format import FormatReport as FormatReport
 from .memory_format import channels_last as channels_last

@@ -15,7 +15,7 @@ from ..records import Record
 FASTER, SAME, SLOWER, UNKNOWN = VERDICTS = ("faster", "same", "slower", "no interval")
 
 #: What stands for braze in the benchmarks that compare layouts and not libraries.
-OURS = {"channels_last": "channels_last", "packing": "packed"}
+OURS = {"channels_last": "channels_last", "freed_memory": "kept", "packing": "packed"}
 #: Benchmarks whose ratios are against the other: ours ÷ theirs.
 INVERTED = {"packing"}
 #: Neither is a competitor: a copy is a floor, and means are counted anew from their cases.

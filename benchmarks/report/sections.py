@@ -89,6 +89,13 @@ SECTIONS = (
     Section("channels_last", "Memory formats", "A training step in channels_last and contiguous.",
             (MODEL, SHAPE, PROVIDER, SECONDS, Column("ratio", "time ÷ channels_last's (95 %)", hundredths,
                                                      ("ratio_low", "ratio_high"))), figures.intervals),
+    Section("freed_memory", "Freed memory",
+            "Models fused by braze on the CPU, in a process that keeps the memory which tensors free and in one that "
+            "gives it back; page faults are those of one step.",
+            (MODEL, PASS, PROVIDER, MS, Column("ratio", "time ÷ kept's (95 %)", hundredths,
+                                               ("ratio_low", "ratio_high")),
+             Column("page_faults", "page faults"), Column("process_bytes", "most held, MiB", mebibytes)),
+            figures.intervals),
     Section("packing", "Packing", "A training step on packed and on padded batches of the same documents.",
             (MODEL, PROVIDER, SECONDS, Column("ratio", "time ÷ padded's (95 %)", hundredths,
                                               ("ratio_low", "ratio_high"))), figures.intervals),
