@@ -19,8 +19,9 @@ def keep_freed_memory() -> bool:
     page fault for every 4 KiB. After this call blocks of any size come from the heap, which does not shrink.
 
     It holds for the whole process, from now on, and cannot be taken back. The process stays as large as it once was,
-    and free blocks that lie scattered in the heap may be too small for a large tensor, so that it grows. It says
-    nothing of CUDA tensors, for which PyTorch has an allocator of its own that does the same.
+    and free blocks that lie scattered in the heap may be too small for a large tensor, so that it grows. Other threads
+    than the main one have heaps of 64 MiB, which glibc does give back. CUDA tensors have an allocator of PyTorch's own,
+    which does the same for them.
 
     Returns:
         Whether glibc serves ``malloc`` and took the settings. Where it does not, because the system has another C
