@@ -24,20 +24,15 @@ from .launch import contiguous, launch, rows
 
 @triton.jit
 def _class_weights(weight, v, V):
-    if weight is None:
-        return None
-    else:
-        return tl.load(weight + v, v < V, other=0.0).to(tl.float32)[None, :]
+    return tl.load(weight + v, v < V, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def _pull(t, w, inside, V, smoothing):
-    """π, 0 outside."""
+def _pull(t, inside, V, smoothing):
+    """π for weights of 1, 0 outside."""
     pull = t.to(tl.float32)
     if smoothing is not None:
         pull = tl.where(inside, pull * (1.0 - smoothing) + smoothing / V, 0.0)
-    if w is not None:
-        pull *= w
     return pull
 
 
@@ -60,7 +55,9 @@ def _forward(
             bounded, _ = tanh(s / softcap)
             s = tl.where(inside, softcap * bounded, float("-inf"))
         t = tl.load(target + n[:, None] * target_stride + v[None, :], inside, other=0.0)
-        pull = _pull(t, _class_weights(weight, v, V), inside, V, smoothing)
+        pull = _pull(t, inside, V, smoothing)
+        if weight is not None:
+            pull *= _class_weights(weight, v, V)
         peak = tl.maximum(m, tl.max(s, 1))
         before = base
         # While every logit is −∞ so is the maximum, and −∞ − (−∞) would be NaN.
@@ -69,6 +66,7 @@ def _forward(
         m = peak
         gap += (base - before) * mass + tl.sum(tl.where(inside, pull * (base[:, None] - s), 0.0), 1)
         mass += tl.sum(pull, 1)
+    mass += 0.0  # triton 3.6 takes no loop's sum that is used twice
     log_sum = tl.log(total)
     tl.store(losses + n, gap + log_sum * mass, n < N)
     tl.store(peaks + n, base, n < N)
@@ -92,12 +90,15 @@ def _backward(
     if softcap is not None:
         bounded, slope = tanh(s / softcap)
         s = softcap * bounded
-    w = _class_weights(weight, v, V)
+    if weight is not None:
+        w = _class_weights(weight, v, V)
     at = n[:, None] * V + v[None, :]
     if dx is not None:
         mass = tl.load(masses + n, n < N, other=0.0)
         t = tl.load(target + n[:, None] * target_stride + v[None, :], inside, other=0.0)
-        pull = _pull(t, w, inside, V, smoothing)
+        pull = _pull(t, inside, V, smoothing)
+        if weight is not None:
+            pull *= w
         ds = (tl.exp(s - base[:, None] - log_sum[:, None]) * mass[:, None] - pull) * g[:, None]
         if softcap is not None:
             ds *= slope
@@ -106,7 +107,7 @@ def _backward(
         dt = (base[:, None] - s + log_sum[:, None]) * g[:, None]
         if smoothing is not None:
             dt *= 1.0 - smoothing
-        if w is not None:
+        if weight is not None:
             dt *= w
         tl.store(dtarget + at, dt.to(dtarget.dtype.element_ty), inside)
 
