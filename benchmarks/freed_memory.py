@@ -66,7 +66,9 @@ def measure(name: str, scale: Scale, rounds: int) -> Iterator[Record]:
     """Both ways of one model."""
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
-        processes = {way: stack.enter_context(ProcessPoolExecutor(1, context)) for way in (KEPT, GIVEN_BACK)}
+        processes: dict[str, Any] = {
+            way: stack.enter_context(ProcessPoolExecutor(1, context)) for way in (KEPT, GIVEN_BACK)
+        }
         for way, process in processes.items():
             if not process.submit(_start, name, scale, way).result():
                 sys.exit("freed_memory: there is nothing to compare, for malloc is not that of glibc here")
@@ -74,8 +76,7 @@ def measure(name: str, scale: Scale, rounds: int) -> Iterator[Record]:
             for process in processes.values():
                 process.submit(_seconds, which, WARM_UP).result()
             clock = functools.partial(_asked, which)
-            works: dict[str, Any] = dict(processes)
-            samples = timing.compare(works, clock, rounds, repetitions=1)
+            samples = timing.compare(processes, clock, rounds, repetitions=1)
             for way, process in processes.items():
                 yield {
                     "benchmark": "freed_memory",
